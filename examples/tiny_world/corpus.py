@@ -1,0 +1,199 @@
+"""What the base model is trained on: captions, look-ups, in-context sequences, lines of text, and no instruction.
+
+A document is a list of pieces of text, each with the word whether its tokens are learned, and the pictures of its
+`<image>` tokens in their order. The value of a look-up stands on the line of its key half of the time and on a line
+of its own the other half, so that each answer is known in both places.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from .dialogue import article
+from .digits import sample_digit
+from .language import CATEGORY, draw_difference, draw_digits, draw_summands, draw_words, joined
+from .look_ups import OBJECT_KINDS, TEXT_KINDS, look_up
+from .scenes import COLOURS, SEEN_PAIRS, SHAPES, Scene, render, sample_scene, sample_text_scene
+
+
+IMAGE, END_OF_CHUNK = "<image>", "<|endofchunk|>"
+
+# Shares of the kinds of documents, and of what their pictures show, in each phase of training.
+DOCUMENTS = {
+    "perceive": {"dense_caption": 60, "look_ups": 8, "in_context": 8, "text_lines": 24},
+    "look_up": {"dense_caption": 12, "look_ups": 50, "in_context": 10, "text_lines": 28},
+}
+PICTURES = {
+    "perceive": {"objects": 57, "text": 35, "digit": 8},
+    "look_up": {"objects": 70, "text": 22, "digit": 8},
+}
+YES_NO_SHARE = 3  # look-ups of this kind to one of each other kind
+
+CAPTIONS = {
+    "object": "{0.size} {0.colour} {0.shape} at {0.position}",
+    "text": "{0.colour} text: {0.characters}",
+    "digit": "digit: {}",
+}
+KEYS = {
+    "colour": "{shape}:",
+    "shape": "{colour}:",
+    "size": "{colour} {shape} size:",
+    "position": "{colour} {shape} position:",
+    "count": "objects:",
+    "count_colour": "{colour} objects:",
+    "yes_no": "any {colour} {shape}:",
+    "reading": "text:",
+    "text_colour": "colour:",
+    "digit": "digit:",
+}
+LABELLED = "this is a"
+TEXT_KEYS = {
+    "sum": "{} + {} =",
+    "difference": "{} - {} =",
+    "sort": "sort {}:",
+    "copy": "copy {}:",
+    "fact": "{}:",
+}
+STATEMENT = "{} {} is {} {}\n"
+# What in-context sequences call their classes.
+PSEUDO_WORDS = tuple(
+    start + end for start in "da fe gi ko lu mo ni pu ra ze".split() for end in "x v k b sk lk mp nt rg zz".split()
+)
+
+Piece = tuple[str, bool]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text in pieces `(text, is learned)`, and the pictures of its `<image>` tokens in their order."""
+
+    pieces: list[Piece]
+    images: list[Image.Image] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The whole text, with its control tokens."""
+        return "".join(text for text, _ in self.pieces)
+
+
+def _entry(rng: random.Random, key: str, value: str | int) -> list[Piece]:
+    """A key and its value, on one line or on two; the value is learned, and where it ends."""
+    if rng.random() < 0.5:
+        return [(f"{key}\n", False), (f"{value}\n", True)]
+    return [(key, False), (f" {value}\n", True)]
+
+
+def _dense_text(rng: random.Random, scene: Scene) -> str:
+    if scene.text:
+        return CAPTIONS["text"].format(scene.text)
+    objects = rng.sample(scene.objects, len(scene.objects))
+    return ", ".join(CAPTIONS["object"].format(o) for o in objects)
+
+
+def dense_caption(rng: random.Random, shows: str = "objects") -> Document:
+    """All that a picture shows, its objects in any order. `shows`: "objects", "text" or "digit"."""
+    if shows == "digit":
+        picture, label = sample_digit(rng)
+        caption = CAPTIONS["digit"].format(label)
+    else:
+        scene = sample_text_scene(rng) if shows == "text" else sample_scene(rng)
+        picture, caption = render(scene), _dense_text(rng, scene)
+    return Document([(IMAGE, False), (caption, True), (END_OF_CHUNK, True)], [picture])
+
+
+def _scene_entries(rng: random.Random, scene: Scene) -> list[tuple[str, str]]:
+    """Five or six keys with their values about a scene of objects, the two of a text.
+
+    No key stands twice, but for yes and no: to redraw those would leave more no's than yes's.
+    """
+    if scene.text:
+        found = [look_up(rng, kind, scene) for kind in rng.sample(TEXT_KINDS, len(TEXT_KINDS))]
+        return [(KEYS[f.kind], f.answer) for f in found]
+    weights = [YES_NO_SHARE if kind == "yes_no" else 1 for kind in OBJECT_KINDS]
+    entries, count = [], rng.randint(5, 6)
+    while len(entries) < count:
+        (kind,) = rng.choices(OBJECT_KINDS, weights)
+        found = look_up(rng, kind, scene)
+        entry = found and (KEYS[kind].format(**found.words), found.answer)
+        if entry and (kind == "yes_no" or entry not in entries):
+            entries.append(entry)
+    return entries
+
+
+def look_ups(rng: random.Random, shows: str = "objects") -> Document:
+    """Keys and values about one picture. `shows`: "objects", "text" or "digit"."""
+    if shows == "digit":
+        picture, label = sample_digit(rng)
+        entries = [(KEYS["digit"], label)]
+    else:
+        scene = sample_text_scene(rng) if shows == "text" else sample_scene(rng)
+        picture, entries = render(scene), _scene_entries(rng, scene)
+    lines = [piece for key, value in entries for piece in _entry(rng, key, value)]
+    return Document([(IMAGE, False), *lines, (END_OF_CHUNK, False)], [picture])
+
+
+def in_context(rng: random.Random, *, count: int = 9, classes: int | None = None, rule: str | None = None) -> Document:
+    """Pictures of one object, each followed by the made-up name of its class; only the names are learned.
+
+    Args:
+        rng: Source of all randomness.
+        count: Pictures in the sequence.
+        classes: How many classes, 2..4 at random if None.
+        rule: What a class has in common, "colour" or "shape"; either if None.
+    """
+    axis = ("colour", "shape").index(rule or rng.choice(("colour", "shape")))
+    members = rng.sample(list((COLOURS, SHAPES)[axis]), classes or rng.randint(2, 4))
+    names = dict(zip(members, rng.sample(PSEUDO_WORDS, len(members)), strict=True))
+    pieces, images = [], []
+    for _ in range(count):
+        member = rng.choice(members)
+        pair = rng.choice([pair for pair in SEEN_PAIRS if pair[axis] == member])
+        images.append(render(sample_scene(rng, count=1, pairs=[pair])))
+        pieces += [(IMAGE, False), (LABELLED, False), (f" {names[member]}", True), (END_OF_CHUNK, False)]
+    return Document(pieces, images)
+
+
+def _text_line(rng: random.Random) -> list[Piece]:
+    kind = rng.choice((*TEXT_KEYS, "statement"))
+    match kind:
+        case "sum":
+            a, b = draw_summands(rng, "train")
+            words, value = (a, b), a + b
+        case "difference":
+            a, b = draw_difference(rng, "train")
+            words, value = (a, b), a - b
+        case "sort":
+            numbers = draw_digits(rng, "train")
+            words, value = (joined(numbers),), joined(sorted(numbers))
+        case "copy":
+            value = joined(draw_words(rng, "train"))
+            words = (value,)
+        case "fact":
+            noun, value = rng.choice(list(CATEGORY.items()))
+            words = (noun,)
+        case "statement":
+            noun, category = rng.choice(list(CATEGORY.items()))
+            return [(STATEMENT.format(article(noun), noun, article(category), category), True)]
+    return _entry(rng, TEXT_KEYS[kind].format(*words), value)
+
+
+def text_lines(rng: random.Random) -> Document:
+    """Five to eight lines of arithmetic, sorting, copying and facts; of what is held out, only the facts."""
+    return Document([piece for _ in range(rng.randint(5, 8)) for piece in _text_line(rng)])
+
+
+def document(seed: int, index: int, phase: str) -> Document:
+    """Document `index` of a phase, "perceive" or "look_up", as a pure function of its arguments."""
+    rng = random.Random(f"{phase} {seed} {index}")
+    (kind,) = rng.choices(list(DOCUMENTS[phase]), DOCUMENTS[phase].values())
+    (shows,) = rng.choices(list(PICTURES[phase]), PICTURES[phase].values())
+    match kind:
+        case "dense_caption":
+            return dense_caption(rng, shows)
+        case "look_ups":
+            return look_ups(rng, shows)
+        case "in_context":
+            return in_context(rng)
+        case "text_lines":
+            return text_lines(rng)

@@ -1,0 +1,85 @@
+r"""The tokenizer of the tiny world: one id a word, the same in every place of a line.
+
+A Unigram model with equal scores takes the fewest pieces. Each word of the world is a piece with its leading space,
+written "▁", and a line starts with such a space too, so "\nred" and " red" end in the same id. Digits and characters
+are never merged. What is no word of the world falls apart into characters, and beyond ASCII into bytes.
+"""
+
+import re
+import string
+from collections.abc import Iterator
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from . import corpus, language, questions, scenes
+
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+SPACE = "▁"
+TEMPLATE_WORDS = (
+    "Below is an instruction that describes a task Write a response that appropriately completes the request "
+    "Image Instruction Input Response"
+)
+
+
+def _phrases() -> Iterator[str]:
+    """All that the generators write, with the fields of format strings left open."""
+    yield TEMPLATE_WORDS
+    for wordings in (*questions.WORDINGS.values(), *language.WORDINGS.values()):
+        yield from wordings
+    for phrases in (corpus.CAPTIONS, corpus.KEYS, corpus.TEXT_KEYS):
+        yield from phrases.values()
+    yield from (questions.CAPTION, questions.CAPTION_LAST_JOIN, corpus.LABELLED, corpus.STATEMENT)
+    for names in (scenes.COLOURS, scenes.SHAPES, scenes.SIZES, scenes.CELLS, language.CATEGORY, language.NOUNS):
+        yield from names
+    yield from (*corpus.PSEUDO_WORDS, "a", "an", "yes", "no")
+
+
+def _words() -> list[str]:
+    text = re.sub(r"\{.*?\}", " ", " ".join(_phrases()))
+    return sorted({word for word in re.findall(r"[A-Za-z]+", text) if len(word) > 1})
+
+
+def _pieces() -> list[str]:
+    """The vocabulary, in the order of the ids."""
+    characters = string.ascii_letters + string.digits + string.punctuation
+    return [
+        *(PAD, BOS, EOS, UNKNOWN),
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *(SPACE, "\n", f"{SPACE}\n", f"{SPACE}\n\n", f"{SPACE}###"),
+        *characters,
+        *(SPACE + character for character in characters),
+        *(SPACE + word for word in _words()),
+    ]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer, without `<image>` and `<|endofchunk|>`, which the processor adds.
+
+    Any text comes back from its ids, but for white space next to line breaks.
+    """
+    pieces = _pieces()
+    tokenizer = Tokenizer(
+        models.Unigram([(piece, -1.0) for piece in pieces], unk_id=pieces.index(UNKNOWN), byte_fallback=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n+"), "isolated"),
+            pre_tokenizers.Metaspace(SPACE, prepend_scheme="always"),
+            pre_tokenizers.Split("<", "isolated"),  # "<0x41>" in a text is no byte
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.ByteFallback(),
+            decoders.Replace(SPACE, " "),
+            decoders.Fuse(),
+            decoders.Replace(" \n", "\n"),
+            decoders.Replace("\n ", "\n"),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN
+    )

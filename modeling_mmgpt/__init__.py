@@ -1,0 +1,24 @@
+"""Ids and pixels to logits: the MMGPT model. Importing it registers the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from .cache_mmgpt import MMGPTCache
+from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
+from .cross_attention_mmgpt import compute_image_index
+from .modeling_mmgpt import MMGPTForConditionalGeneration, MMGPTModel
+
+
+__all__ = [
+    "MMGPTCache",
+    "MMGPTConfig",
+    "MMGPTForConditionalGeneration",
+    "MMGPTModel",
+    "MMGPTVisionConfig",
+    "compute_image_index",
+]
+
+AutoConfig.register("mmgpt", MMGPTConfig, exist_ok=True)
+AutoConfig.register("mmgpt_vision", MMGPTVisionConfig, exist_ok=True)
+# Both give the class that generates, so that an adapter's names fit whichever class loads it.
+AutoModel.register(MMGPTConfig, MMGPTForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(MMGPTConfig, MMGPTForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,78 @@
+"""The cache of generation: self-attention of the LM, cross-attention of the blocks, and which image stands where."""
+
+import torch
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
+
+
+class MMGPTCache(EncoderDecoderCache):
+    """A self-attention cache of any kind and the keys and values of the images, computed once an image.
+
+    `image_slots` is `(B, M)`: the number of each cached image in its row, 0 for padding; `None` before the first.
+
+    Args:
+        self_attention_cache: The cache handed to the LM.
+    """
+
+    def __init__(self, self_attention_cache: Cache):
+        super().__init__(self_attention_cache, DynamicCache())
+        self.image_slots: torch.Tensor | None = None
+
+    @classmethod
+    def wrap(cls, cache: Cache | None, config: PreTrainedConfig) -> "MMGPTCache":
+        """Make a cache of ours from nothing, or around an empty cache of another kind.
+
+        Raises:
+            ValueError: If `cache` is of another kind and holds tokens already: their images are unknown.
+        """
+        if cache is None:
+            return cls(DynamicCache(config=config.text_config))
+        if isinstance(cache, cls):
+            return cache
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__} that holds {cache.get_seq_length()} tokens, and knows "
+                "nothing of their images. Continue from the `past_key_values` that this model returned."
+            )
+        return cls(cache)
+
+    def image_count(self) -> torch.Tensor | None:
+        """Images of each row in the cache, `(B,)`; `None` before the first."""
+        return None if self.image_slots is None else self.image_slots.amax(dim=1)
+
+    def add_images(self, slots: torch.Tensor) -> torch.Tensor:
+        """Append `(B, M)` new slots and return those of all images, `(B, M_all)`."""
+        self.image_slots = slots if self.image_slots is None else torch.cat([self.image_slots, slots], dim=1)
+        return self.image_slots
+
+    def forget_tokens(self) -> None:
+        """Empty the self-attention cache and keep the images."""
+        self.self_attention_cache.reset()
+
+    def reset(self) -> None:
+        """Empty both caches."""
+        self.self_attention_cache.reset()
+        self.cross_attention_cache = DynamicCache()
+        self.image_slots = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self._map_slots(lambda slots: slots.index_select(0, beam_idx.to(slots.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self._map_slots(lambda slots: slots.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self._map_slots(lambda slots: slots[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, given as a negative number; the images stay."""
+        self.self_attention_cache.crop(tokens_to_remove)
+
+    def _map_slots(self, function) -> None:
+        if self.image_slots is not None:
+            self.image_slots = function(self.image_slots)

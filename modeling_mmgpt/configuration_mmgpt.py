@@ -1,0 +1,203 @@
+"""Configuration of MMGPT: a frozen vision tower, a resampler, gated cross-attention blocks and a causal LM."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.generation import GenerationConfig
+
+
+RESAMPLER_DEFAULTS = {
+    "depth": 6,
+    "num_heads": 8,
+    "head_dim": 64,
+    "num_latents": 64,
+    "ff_mult": 4,
+    "max_num_frames": None,
+    "max_num_images": None,
+}
+CROSS_ATTENTION_DEFAULTS = {"num_heads": 8, "head_dim": 64, "ff_mult": 4}
+
+# Keys that transformers itself writes into a config or takes out of one; everything else has to be a field.
+KEYS_OF_TRANSFORMERS = {
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "_output_attentions",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "quantization_config",
+    "torch_dtype",
+    "use_cache",
+    *GenerationConfig._get_default_generation_params(),
+}
+
+
+def _reject_unknown(owner: str, given: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise if keys are left over: a misspelt one would otherwise train or load something else, silently."""
+    if given:
+        raise ValueError(f"{owner} does not know {sorted(given)}. It knows {sorted(known)}.")
+
+
+def _without(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key not in known}
+
+
+class MMGPTVisionConfig(PreTrainedConfig):
+    """An open_clip vision tower, by the fields of its `vision_cfg`.
+
+    Source of the fields (CLIPVisionCfg):
+    https://github.com/mlfoundations/open_clip/blob/v3.3.0/src/open_clip/model.py
+
+    Args:
+        width: Width `D` of the patch tokens.
+        layers: Number of transformer layers.
+        head_width: Width of one attention head.
+        mlp_ratio: Width of the MLP over `width`.
+        patch_size: Side of a square patch, in pixels.
+        image_size: Side of the square picture, in pixels.
+        ls_init_value: Initial layer scale, `None` for no layer scale.
+        no_ln_pre: Leave out the norm before the transformer.
+        pos_embed_type: `"learnable"` or `"sin_cos_2d"`.
+        act_kwargs: Arguments of the activation.
+        norm_kwargs: Arguments of the norms.
+        quick_gelu: The activation OpenAI's weights were trained with.
+        post_norm: Patch tokens after the tower's last norm. OpenFlamingo and Multimodal-GPT were trained with
+            open_clip < 2.23, which returned them before it: hence the default.
+
+    Raises:
+        ValueError: On a field that is not one of these.
+    """
+
+    model_type = "mmgpt_vision"
+    base_config_key = "vision_config"
+
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    patch_size: int = 16
+    image_size: int = 224
+    ls_init_value: float | None = None
+    no_ln_pre: bool = False
+    pos_embed_type: str = "learnable"
+    act_kwargs: dict | None = None
+    norm_kwargs: dict | None = None
+    quick_gelu: bool = False
+    post_norm: bool = False
+
+    def __post_init__(self, **kwargs):
+        _reject_unknown(type(self).__name__, _without(kwargs, KEYS_OF_TRANSFORMERS), type(self).__annotations__)
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width `D` of the patch tokens, under the name transformers' vision configs have for it."""
+        return self.width
+
+    @classmethod
+    def from_open_clip(cls, name_or_config: str | dict, **kwargs) -> "MMGPTVisionConfig":
+        """Read the tower out of an open_clip model config.
+
+        Args:
+            name_or_config: An open_clip model name such as `"ViT-L-14-quickgelu"`, or its model config
+                (`{"embed_dim": ..., "vision_cfg": {...}, "quick_gelu": ...}`).
+            **kwargs: Fields to set on top, such as `post_norm`.
+
+        Raises:
+            ValueError: If open_clip does not know the name, or the tower is not a plain ViT.
+        """
+        if isinstance(name_or_config, str):
+            try:
+                import open_clip
+            except ImportError as error:
+                raise ImportError("Reading an open_clip model name needs `pip install open_clip_torch`.") from error
+            model_config = open_clip.get_model_config(name_or_config)
+            if model_config is None:
+                raise ValueError(
+                    f"open_clip has no model config {name_or_config!r}; `open_clip.list_models()` names those it has."
+                )
+        else:
+            model_config = name_or_config
+        vision_cfg = dict(model_config["vision_cfg"])
+        if vision_cfg.get("timm_model_name") or not isinstance(vision_cfg.get("layers", 12), int):
+            raise ValueError(
+                f"Only open_clip's own ViT towers have patch tokens we know how to read, got {vision_cfg}."
+            )
+        vision_cfg.setdefault("quick_gelu", model_config.get("quick_gelu", False))
+        return cls(**vision_cfg, **kwargs)
+
+
+class MMGPTConfig(PreTrainedConfig):
+    """Configuration of [`MMGPTForConditionalGeneration`].
+
+    Args:
+        vision_config: [`MMGPTVisionConfig`] for an open_clip tower, or the vision config of a transformers model
+            (CLIP, SigLIP); a dict of either.
+        text_config: Config of any causal LM of transformers, or a dict of one.
+        resampler: Sizes of the Perceiver resampler, laid over `{depth 6, num_heads 8, head_dim 64, num_latents 64,
+            ff_mult 4, max_num_frames None, max_num_images None}`.
+        cross_attention: Sizes of the gated blocks, laid over `{num_heads 8, head_dim 64, ff_mult 4}`.
+        cross_attn_every_n_layers: A gated block stands before every n-th decoder layer (n - 1, 2n - 1, ...).
+        media_attention: Which image a token attends to: `"preceding"` the most recent image at or before it (the
+            Flamingo paper, OpenFlamingo 2); `"all_preceding"` every image at or before it; `"following"` the next
+            one (OpenFlamingo 1, and Multimodal-GPT as released). See [`~modeling_mmgpt.compute_image_index`].
+        image_token_id: Id of `<image>`.
+        end_of_chunk_token_id: Id of `<|endofchunk|>`.
+        tie_word_embeddings: Follows `text_config`; kept here because PEFT reads it here.
+
+    Raises:
+        ValueError: On an unknown key, here or in `resampler` or `cross_attention`.
+    """
+
+    model_type = "mmgpt"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    resampler: dict | None = None
+    cross_attention: dict | None = None
+    cross_attn_every_n_layers: int = 4
+    media_attention: Literal["preceding", "all_preceding", "following"] = "preceding"
+    image_token_id: int | None = None
+    end_of_chunk_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        _reject_unknown(type(self).__name__, _without(kwargs, KEYS_OF_TRANSFORMERS), type(self).__annotations__)
+        for name, sizes in (("resampler", RESAMPLER_DEFAULTS), ("cross_attention", CROSS_ATTENTION_DEFAULTS)):
+            _reject_unknown(f"MMGPTConfig.{name}", _without(getattr(self, name) or {}, sizes), sizes)
+        if self.media_attention not in ("preceding", "all_preceding", "following"):
+            raise ValueError(
+                f"media_attention is {self.media_attention!r}; "
+                "it has to be 'preceding', 'all_preceding' or 'following'."
+            )
+        if self.cross_attn_every_n_layers < 1:
+            raise ValueError(
+                f"cross_attn_every_n_layers is {self.cross_attn_every_n_layers}; it has to be at least 1."
+            )
+        self.resampler = {**RESAMPLER_DEFAULTS, **(self.resampler or {})}
+        self.cross_attention = {**CROSS_ATTENTION_DEFAULTS, **(self.cross_attention or {})}
+        self.vision_config = _sub_config(self.vision_config, default=MMGPTVisionConfig.model_type)
+        self.text_config = _sub_config(self.text_config, default="llama")
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        super().__post_init__(**kwargs)
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+    """Turn a dict with a `model_type` into the config class of that type."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    fields = dict(config or {})
+    model_type = fields.pop("model_type", default)
+    # Not by AutoConfig: as remote code, our own vision config is registered nowhere.
+    if model_type == MMGPTVisionConfig.model_type:
+        return MMGPTVisionConfig(**fields)
+    return AutoConfig.for_model(model_type, **fields)

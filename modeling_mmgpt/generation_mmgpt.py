@@ -1,0 +1,115 @@
+"""What `generate()` needs beside a forward: each picture encoded once, before rows are repeated for beams."""
+
+import torch
+from transformers import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import logging
+
+from .cache_mmgpt import MMGPTCache
+from .cross_attention_mmgpt import (
+    check_image_counts,
+    compute_image_index,
+    compute_image_slots,
+    continue_image_index,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+class MMGPTGenerationMixin(GenerationMixin):
+    """The hooks of transformers' `generate()` that images touch, in the order in which it calls them."""
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
+    ):
+        if kwargs.get("image_index") is None:
+            kwargs.update(self._locate_and_encode(input_ids, **kwargs), pixel_values=None, num_frames=None)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+
+    def _locate_and_encode(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        num_frames: torch.Tensor | None = None,
+        past_key_values: MMGPTCache | None = None,
+        **kwargs,
+    ) -> dict[str, torch.Tensor | None]:
+        """Find out which image each token of the prompt attends to, and encode the new pictures.
+
+        Empties the self-attention cache, and keeps the images, where a new picture changes what cached tokens became.
+        """
+        mode = self.config.media_attention
+        is_image = input_ids == self.config.image_token_id  # (B, T)
+        num_images = 0 if pixel_values is None else pixel_values.shape[1]
+        cache = past_key_values if isinstance(past_key_values, MMGPTCache) else None
+        past_images = None if cache is None else cache.image_count()
+        continues = cache is not None and cache.get_seq_length() > 0
+        if continues and cache.get_seq_length() >= input_ids.shape[1]:
+            raise ValueError(
+                f"The cache holds {cache.get_seq_length()} tokens and `input_ids` only {input_ids.shape[1]}: give the "
+                "cached ids and those of the new turn."
+            )
+        new_images = is_image.sum(dim=1) - (0 if past_images is None else past_images)  # (B,)
+        check_image_counts(new_images, num_images, continues)
+        if continues and self.model.must_recompute(new_images, past_images):
+            logger.debug("A new picture changes what the cached tokens became: all tokens are computed anew.")
+            cache.forget_tokens()
+        image_index = compute_image_index(is_image, mode)
+        if pixel_values is None:
+            return {"image_index": image_index}
+        real = compute_image_slots(image_index, num_images, past_images) > 0
+        pixel_values = pixel_values.to(self.device)
+        return {
+            "image_index": image_index,
+            "image_latents": self.model.encode_images(pixel_values, num_frames, real.to(self.device)),
+        }
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            user_defined = getattr(model_kwargs["past_key_values"], "_is_user_defined", False)
+            model_kwargs["past_key_values"] = MMGPTCache.wrap(model_kwargs["past_key_values"], self.config)
+            model_kwargs["past_key_values"]._is_user_defined = user_defined
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: MMGPTCache | None = None,
+        is_first_iteration: bool | None = False,
+        image_index: torch.Tensor | None = None,
+        image_latents: torch.Tensor | None = None,
+        **kwargs,
+    ) -> dict:
+        """Prepare the arguments of one forward.
+
+        Args:
+            input_ids: All tokens so far; in a chunked prefill, those of the chunk.
+            past_key_values: The cache.
+            is_first_iteration: Whether this belongs to the prefill.
+            image_index: `(B, T_prompt)`, which image each token of the prompt attends to.
+            image_latents: `(B, M, N, D_vision)` of the new pictures.
+            **kwargs: Handed to transformers.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+        num_tokens = inputs["input_ids"].shape[1]
+        start = input_ids.shape[1] - num_tokens
+        if is_first_iteration and past_key_values is not None:
+            start = int(past_key_values.get_seq_length())
+            in_cache = past_key_values.image_count()
+            if in_cache is not None and bool((in_cache >= image_index.amax(dim=1)).all()):
+                image_latents = None
+        elif past_key_values is not None:
+            image_latents = None  # in the cache since the prefill
+        image_index = continue_image_index(image_index, start + num_tokens, self.config.media_attention)
+        inputs["image_index"] = image_index[:, start : start + num_tokens].contiguous().to(self.device)
+        if image_latents is not None:
+            inputs["image_latents"] = image_latents
+        return inputs
+
+    def create_masks_for_generate(self, config, **kwargs):
+        """Make the masks of a compiled forward as the LM makes its own."""
+        create = getattr(self.model.text_model, "create_masks_for_generate", create_masks_for_generate)
+        return create(config=self.config.text_config, **kwargs)

@@ -1,0 +1,548 @@
+"""MMGPT: a frozen vision tower, a Perceiver resampler and gated cross-attention between the layers of a causal LM.
+
+Flamingo: https://arxiv.org/abs/2204.14198. MultiModal-GPT: https://arxiv.org/abs/2305.04790.
+
+Letters: `B` rows, `T` text tokens, `M` images in a row, `F` frames of an image, `P` patches, `N` latents, `D` width.
+"""
+
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+)
+from transformers.utils import can_return_tuple, logging
+
+from .cache_mmgpt import MMGPTCache
+from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
+from .cross_attention_mmgpt import (
+    MMGPTGatedCrossAttentionBlock,
+    check_image_counts,
+    compute_image_index,
+    compute_image_slots,
+    cross_attention_mask,
+)
+from .generation_mmgpt import MMGPTGenerationMixin
+from .perceiver_mmgpt import PerceiverResampler
+from .vision_mmgpt import build_vision_tower, load_vision_tower, patch_tokens
+
+
+logger = logging.get_logger(__name__)
+
+# Six LM families accept keyword arguments and hand none of them to their layers; theirs come by this way.
+SWALLOW_KEYWORDS = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")
+_conditioning: ContextVar[dict | None] = ContextVar("conditioning", default=None)
+
+
+class ConditionedDecoderLayer(nn.Module):
+    """A decoder layer of the LM, with a gated block before it where the config asks for one.
+
+    A plain module, so that block and layer are checkpointed each on its own.
+
+    Args:
+        decoder_layer: The LM's own layer.
+        gated_cross_attn_layer: The block before it, or `None`.
+    """
+
+    def __init__(self, decoder_layer: nn.Module, gated_cross_attn_layer: MMGPTGatedCrossAttentionBlock | None):
+        super().__init__()
+        self.decoder_layer = decoder_layer
+        self.gated_cross_attn_layer = gated_cross_attn_layer
+
+    def forward(self, hidden_states: torch.Tensor, *args, conditioning: dict | None = None, **kwargs):
+        """Run block and layer; `conditioning` comes from [`MMGPTModel.condition`], the rest is the layer's own."""
+        if conditioning is None and not torch.compiler.is_compiling():
+            conditioning = _conditioning.get()
+        if conditioning and self.gated_cross_attn_layer is not None:
+            hidden_states = self.gated_cross_attn_layer(hidden_states, *conditioning.values())
+        return self.decoder_layer(hidden_states, *args, **kwargs)
+
+
+def decoder_layers(text_model: PreTrainedModel) -> tuple[nn.Module, str]:
+    """Find the decoder layers of a causal LM: the module that holds them, and their name in it.
+
+    Raises:
+        ValueError: If the LM keeps its layers under none of the names `layers`, `h`, `blocks`.
+    """
+    decoder = text_model.get_decoder()
+    for name in ("layers", "h", "blocks"):
+        if isinstance(getattr(decoder, name, None), nn.ModuleList):
+            return decoder, name
+    raise ValueError(
+        f"{type(text_model).__name__} keeps its decoder layers under none of `layers`, `h`, `blocks` of its decoder "
+        f"{type(decoder).__name__}: it cannot be conditioned on images."
+    )
+
+
+def add_gated_blocks(text_model: PreTrainedModel, config: MMGPTConfig) -> PreTrainedModel:
+    """Put a gated block before every n-th decoder layer of `text_model`, in place, and return it."""
+    decoder, name = decoder_layers(text_model)
+    every = config.cross_attn_every_n_layers
+    layers = nn.ModuleList()
+    for number, layer in enumerate(getattr(decoder, name), start=1):
+        has_block = number % every == 0
+        block = MMGPTGatedCrossAttentionBlock(config, layer_idx=number // every - 1) if has_block else None
+        layers.append(ConditionedDecoderLayer(layer, block))
+    setattr(decoder, name, layers)
+    return text_model
+
+
+class MMGPTPreTrainedModel(PreTrainedModel):
+    """What both models share: config, initialisation, and what they support."""
+
+    config_class = MMGPTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ResidualAttentionBlock", "MMGPTGatedCrossAttentionBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MMGPTGatedCrossAttentionBlock):
+            init.zeros_(module.attn_gate)
+            init.zeros_(module.ff_gate)
+        elif isinstance(module, PerceiverResampler):
+            for embeddings in (module.latents, module.frame_embs, module.media_time_embs):
+                if embeddings is not None:
+                    init.normal_(embeddings)
+        elif hasattr(module, "class_embedding") and isinstance(module.class_embedding, nn.Parameter):
+            scale = module.class_embedding.shape[-1] ** -0.5  # as open_clip's VisionTransformer
+            init.normal_(module.class_embedding, std=scale)
+            init.normal_(module.positional_embedding, std=scale)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise what no checkpoint filled.
+
+        transformers asks the nearest model around a module, which for our blocks is the LM: it would leave their
+        gates as uninitialised memory. So the blocks are ours first.
+        """
+        with init.guard_torch_init_functions():
+            for block in self.modules():
+                if isinstance(block, MMGPTGatedCrossAttentionBlock):
+                    for module in block.modules():
+                        self._initialize_weights(module, self.is_custom_code())
+        super().initialize_weights()
+
+
+class MMGPTModel(MMGPTPreTrainedModel):
+    """The model up to the last hidden state.
+
+    Args:
+        config: The config.
+        vision_tower: A tower with its weights; `None` for a fresh one by the config.
+        text_model: A causal LM with its weights; `None` for a fresh one by the config.
+    """
+
+    def __init__(
+        self,
+        config: MMGPTConfig,
+        vision_tower: nn.Module | None = None,
+        text_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        for given in (vision_tower, text_model):
+            _keep_weights(given)
+        self.vision_tower = build_vision_tower(config.vision_config) if vision_tower is None else vision_tower
+        self.resampler = PerceiverResampler(config)
+        if text_model is None:
+            text_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.text_model = add_gated_blocks(text_model, config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LM's input embedding."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the LM's input embedding."""
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        num_frames: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        image_latents: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Run the LM's decoder on text and images; arguments as in [`MMGPTForConditionalGeneration.forward`].
+
+        Returns:
+            `last_hidden_state` `(B, T, D)`, the cache, and what else was asked for.
+        """
+        _reject_embeds(kwargs)
+        cache = self.open_cache(past_key_values, use_cache, input_ids.shape[1])
+        conditioning = self.condition(
+            input_ids, pixel_values, num_frames, image_index, image_latents, cache, output_attentions
+        )
+        outputs = self.decode(
+            self.text_model.get_decoder(),
+            conditioning,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache and cache.self_attention_cache,
+            use_cache=cache is not None,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=_as_tuple(conditioning),
+        )
+
+    def open_cache(self, past_key_values: Cache | None, use_cache: bool | None, num_tokens: int) -> MMGPTCache | None:
+        """Give the cache to use, or `None`: none in checkpointed training, whose recomputation would fill it twice.
+
+        Raises:
+            ValueError: If the cache is a foreign one with tokens in it, or a static one without room.
+        """
+        if use_cache is None:
+            use_cache = past_key_values is not None or not self.training
+        if not use_cache or (self.training and self.is_activation_checkpointing):
+            return None
+        cache = MMGPTCache.wrap(past_key_values, self.config)
+        if not torch.compiler.is_compiling() and cache.get_max_length() > 0 and not cache.is_sliding[0]:
+            needed = int(cache.get_seq_length()) + num_tokens
+            if needed > cache.get_max_length():
+                raise ValueError(
+                    f"The static cache holds {cache.get_max_length()} tokens, and this call needs {needed}: give "
+                    "`StaticCache` a larger `max_cache_len`."
+                )
+        return cache
+
+    def condition(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None,
+        num_frames: torch.LongTensor | None,
+        image_index: torch.LongTensor | None,
+        image_latents: torch.Tensor | None,
+        cache: MMGPTCache | None,
+        output_attentions: bool | None = None,
+    ) -> dict:
+        """Work out what every gated block gets: the images, and which token attends to which.
+
+        Returns:
+            The arguments of [`MMGPTGatedCrossAttentionBlock.forward`] in their order; empty without any image.
+        """
+        past_images = cache.image_count() if cache is not None else None
+        pictures = pixel_values if image_latents is None else image_latents
+        num_images = 0 if pictures is None else pictures.shape[1]
+        if image_index is None:
+            image_index = self.locate_images(input_ids, num_images, cache)
+        if pictures is None and past_images is None:
+            return {}
+        slots = None if pictures is None else compute_image_slots(image_index, num_images, past_images)
+        if image_latents is None and pixel_values is not None:
+            image_latents = self.encode_images(pixel_values, num_frames, real=slots > 0)
+        if cache is not None:
+            slots = cache.image_slots if slots is None else cache.add_images(slots)
+        mask = cross_attention_mask(
+            image_index, slots, self.config.resampler["num_latents"], self.config.media_attention
+        )
+        return {
+            "image_latents": image_latents,
+            "index": image_index,
+            "mask": mask,
+            "cache": None if cache is None else cache.cross_attention_cache,
+            "cross_attentions": [] if output_attentions else None,
+        }
+
+    def locate_images(
+        self, input_ids: torch.LongTensor, num_images: int, cache: MMGPTCache | None = None
+    ) -> torch.LongTensor:
+        """Number the image that each token attends to, after a look at whether tokens and pictures agree.
+
+        Args:
+            input_ids: `(B, T)`, the tokens that follow those in the cache.
+            num_images: `M`, the pictures given for each row.
+            cache: The cache these tokens continue, if any.
+
+        Returns:
+            `(B, T)`, see [`compute_image_index`].
+
+        Raises:
+            ValueError: If a row holds more `<image>` tokens than pictures, or if a picture cannot be added to what
+                is cached without computing it anew.
+        """
+        is_image = input_ids == self.config.image_token_id
+        continues = cache is not None and cache.get_seq_length() > 0
+        past_images = cache.image_count() if continues else None
+        if not torch.compiler.is_compiling():
+            counts = is_image.sum(dim=1)
+            cached_images = 0 if continues or cache is None or cache.image_slots is None else cache.image_count()
+            check_image_counts(counts - cached_images, num_images, continues)
+            if continues and bool(counts.any()) and self.must_recompute(counts, past_images):
+                raise ValueError(
+                    "A new picture changes what the tokens in the cache should have been (a first picture arrives "
+                    f"late, or media_attention is {self.config.media_attention!r}): run all tokens again without a "
+                    "cache, or let `generate()` do it."
+                )
+        return compute_image_index(is_image, self.config.media_attention, past_images)
+
+    def must_recompute(self, new_images: torch.Tensor, past_images: torch.Tensor | None) -> bool:
+        """Whether `new_images` `(B,)` after a cache of `past_images` `(B,)` change what the cached tokens became."""
+        if self.config.media_attention == "following":
+            return bool((new_images > 0).any())
+        late = new_images > 0 if past_images is None else (new_images > 0) & (past_images == 0)
+        return bool(late.any())
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        num_frames: torch.LongTensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Turn pictures into latents.
+
+        Args:
+            pixel_values: `(B, M, F, 3, height, width)`, or `(B, M, 3, height, width)` for one frame each.
+            num_frames: `(B, M)`, how many of the `F` frames are real; `None` if all are.
+            real: Bool `(B, M)`, the pictures to encode; the others, padding, become zeros. `None` for all.
+
+        Returns:
+            `(B, M, N, D_vision)`.
+        """
+        if pixel_values.dim() == 5:
+            pixel_values = pixel_values[:, :, None]
+        if real is None or torch.compiler.is_compiling() or not bool(real.any()):
+            return self._encode(pixel_values, num_frames)
+        frames = None if num_frames is None else num_frames[real][None]
+        latents = self._encode(pixel_values[real][None], frames)[0]  # (K, N, D_vision)
+        return latents.new_zeros(*real.shape, *latents.shape[1:]).masked_scatter(real[..., None, None], latents)
+
+    def _encode(self, pixel_values: torch.Tensor, num_frames: torch.LongTensor | None) -> torch.Tensor:
+        """`(B, M, F, 3, height, width) -> (B, M, N, D_vision)`."""
+        pixels = pixel_values.flatten(0, 2).to(self.resampler.latents.dtype)  # (B*M*F, 3, height, width)
+        tokens = patch_tokens(self.vision_tower, pixels)  # (B*M*F, P, D_vision)
+        return self.resampler(tokens.unflatten(0, pixel_values.shape[:3]), num_frames)
+
+    def decode(self, language_model: nn.Module, conditioning: dict, **kwargs):
+        """Run the LM, or its decoder alone, with `conditioning` at hand for every layer."""
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        if not conditioning:
+            return language_model(**kwargs)
+        if self.config.text_config.model_type not in SWALLOW_KEYWORDS:
+            return language_model(conditioning=conditioning, **kwargs)
+        token = _conditioning.set(conditioning)
+        try:
+            return language_model(**kwargs)
+        finally:
+            _conditioning.reset(token)
+
+
+class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
+    """The model with logits, loss and `generate()`.
+
+    Args:
+        config: The config.
+        vision_tower: A tower with its weights; `None` for a fresh one by the config.
+        text_model: A causal LM with its weights; `None` for a fresh one by the config.
+    """
+
+    def __init__(
+        self,
+        config: MMGPTConfig,
+        vision_tower: nn.Module | None = None,
+        text_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.model = MMGPTModel(config, vision_tower, text_model)
+        self.post_init()
+        self._tied_weights_keys = dict(self.all_tied_weights_keys) or None  # where PEFT looks for them
+        self.generation_config.suppress_tokens = [config.image_token_id]  # a picture cannot be generated
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LM's input embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the LM's input embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM's head."""
+        return self.model.text_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Set the LM's head."""
+        self.model.text_model.set_output_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        num_frames: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        image_latents: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Text and images to logits.
+
+        Args:
+            input_ids: `(B, T)`; one `<image>` token stands for each image.
+            attention_mask: `(B, T_all)`, 0 at padding, over cached and new tokens.
+            pixel_values: `(B, M, F, 3, height, width)`, or `(B, M, 3, height, width)` for one frame each. A row may
+                hold fewer `<image>` tokens than `M`: the surplus is dropped.
+            num_frames: `(B, M)`, how many of the `F` frames are real.
+            image_index: `(B, T)`, which image each token attends to; by default worked out from `input_ids`, see
+                [`~modeling_mmgpt.compute_image_index`].
+            image_latents: `(B, M, N, D_vision)`, pictures that went through [`MMGPTModel.encode_images`] already.
+            position_ids: `(B, T)`, handed to the LM.
+            labels: `(B, T)`, -100 where nothing is to be learnt; the shift is made here.
+            past_key_values: The cache of an earlier call. The new tokens' `<image>`s, and no others, need pictures.
+            use_cache: Return a cache; by default outside training.
+            output_attentions: Return `attentions`, and `cross_attentions` `(B, H, T, M*N)` a block, which needs the
+                eager implementation.
+            logits_to_keep: Only the logits of so many last tokens, or of these.
+            **kwargs: Handed to the LM.
+
+        Returns:
+            `loss` if there are labels, `logits` `(B, T, V)`, the cache, and what else was asked for.
+
+        Raises:
+            ValueError: On more `<image>` tokens than pictures, on `inputs_embeds`, on a cache that does not fit.
+        """
+        _reject_embeds(kwargs)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        cache = self.model.open_cache(past_key_values, use_cache, input_ids.shape[1])
+        conditioning = self.model.condition(
+            input_ids, pixel_values, num_frames, image_index, image_latents, cache, output_attentions
+        )
+        outputs = self.model.decode(
+            self.model.text_model,
+            conditioning,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache and cache.self_attention_cache,
+            use_cache=cache is not None,
+            output_attentions=output_attentions,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(outputs.logits, labels, vocab_size, num_items_in_batch=num_items_in_batch)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=_as_tuple(conditioning),
+        )
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | dict[str, torch.Tensor] | PreTrainedModel,
+        text: str | PreTrainedModel,
+        *,
+        vision_config: str | dict | MMGPTVisionConfig | None = None,
+        dtype: torch.dtype | None = None,
+        pad_token_id: int | None = None,
+        **config,
+    ) -> "MMGPTForConditionalGeneration":
+        """Join a vision tower and a causal LM into a fresh model: new resampler, new blocks with shut gates.
+
+        Args:
+            vision: With `vision_config`, an open_clip state dict, a file of one, or an open_clip pretrained tag.
+                Without, the folder or Hub id of a vision model of transformers (CLIP, SigLIP), or such a model.
+            text: Folder or Hub id of a causal LM of transformers, or such a model.
+            vision_config: An open_clip model name, its model config, or a [`MMGPTVisionConfig`].
+            dtype: Data type of all weights; by default that of the LM.
+            pad_token_id: Id of the padding token, if the processor added one.
+            **config: Fields of [`MMGPTConfig`]. `image_token_id` and `end_of_chunk_token_id` are by default those
+                that `MMGPTProcessor.from_vision_text_pretrained` adds to the LM's tokenizer; the embeddings grow to
+                hold them.
+
+        Raises:
+            ValueError: If the tower's weights do not fit its config, or ids are missing and `text` is a model.
+        """
+        text_model = text
+        if isinstance(text, str):
+            text_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype or "auto")
+        if "image_token_id" not in config or "end_of_chunk_token_id" not in config:
+            config, pad_token_id = {**new_token_ids(text), **config}, None
+            pad_token_id = config.pop("pad_token_id")
+        text_model.config.pad_token_id = text_model.config.pad_token_id if pad_token_id is None else pad_token_id
+        rows = 1 + max(config["image_token_id"], config["end_of_chunk_token_id"], text_model.config.pad_token_id or 0)
+        if rows > text_model.get_input_embeddings().num_embeddings:
+            text_model.resize_token_embeddings(rows)
+        tower, vision_config = load_vision_tower(vision, vision_config)
+        config = MMGPTConfig(vision_config=vision_config, text_config=text_model.config, **config)
+        model = cls(config, tower, text_model).to(text_model.dtype if dtype is None else dtype)
+        model.generation_config.update(**text_model.generation_config.to_diff_dict())
+        return model
+
+    def freeze(self, vision: bool = False, resampler: bool = False, text: bool = False) -> None:
+        """Take parts out of training: the vision tower, the resampler, the LM without its gated blocks."""
+        if vision:
+            self.model.vision_tower.requires_grad_(False)
+        if resampler:
+            self.model.resampler.requires_grad_(False)
+        if text:
+            for name, parameter in self.model.text_model.named_parameters():
+                if "gated_cross_attn_layer" not in name:
+                    parameter.requires_grad_(False)
+
+
+def new_token_ids(text: str | PreTrainedModel) -> dict[str, int | None]:
+    """Ids of the tokens that `MMGPTProcessor.from_vision_text_pretrained` adds to the tokenizer of `text`."""
+    if not isinstance(text, str):
+        raise ValueError("Give image_token_id and end_of_chunk_token_id: an LM given as a model has no tokenizer.")
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+    return {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "end_of_chunk_token_id": tokenizer.convert_tokens_to_ids("<|endofchunk|>"),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _reject_embeds(kwargs: dict) -> None:
+    if kwargs.pop("inputs_embeds", None) is not None:
+        raise ValueError("`inputs_embeds` cannot be given: which image a token attends to is read from `input_ids`.")
+
+
+def _keep_weights(module: nn.Module | None) -> None:
+    """Keep transformers from initialising a module that brings its weights."""
+    for part in module.modules() if module is not None else ():
+        part._is_hf_initialized = True
+
+
+def _as_tuple(conditioning: dict) -> tuple[torch.Tensor, ...] | None:
+    collected = conditioning.get("cross_attentions")
+    return None if collected is None else tuple(collected)

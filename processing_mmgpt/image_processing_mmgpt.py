@@ -1,0 +1,74 @@
+"""Pictures to pixels, bit for bit as open_clip's evaluation transform."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .pictures_mmgpt import open_picture
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class MMGPTImageProcessor(BaseImageProcessor):
+    """Resize the short side, crop the centre, convert to RGB, normalise.
+
+    The order is open_clip's, in which the conversion to RGB comes after resizing:
+    https://github.com/mlfoundations/open_clip/blob/v3.3.0/src/open_clip/transform.py. One thing is ours: a picture is
+    first turned upright by its EXIF orientation, which open_clip ignores.
+
+    Args:
+        size: Side of the square result, in pixels.
+        image_mean: Mean of each channel, of values in 0..1.
+        image_std: Standard deviation of each channel.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        size: int = 224,
+        image_mean: tuple[float, float, float] = CLIP_MEAN,
+        image_std: tuple[float, float, float] = CLIP_STD,
+        **kwargs,
+    ):
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("image_processor_type", "auto_map")}
+        if kwargs:
+            raise ValueError(f"MMGPTImageProcessor does not know {sorted(kwargs)}.")
+        self.size = size
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+
+    def pixels(self, picture: Image.Image | np.ndarray | str | bytes) -> torch.Tensor:
+        """Turn one picture, given in any form of `open_picture`, into floats `(3, size, size)`."""
+        picture = ImageOps.exif_transpose(open_picture(picture))
+        picture = _crop_centre(_resize_short_side(picture, self.size), self.size).convert("RGB")
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (3, size, size), bytes
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+        return pixels.float().div(255).sub(mean).div(std)
+
+    def preprocess(self, images, **kwargs) -> BatchFeature:
+        """Turn a picture or a list of pictures into `pixel_values` `(K, 3, size, size)`."""
+        images = images if isinstance(images, list | tuple) else [images]
+        return BatchFeature({"pixel_values": torch.stack([self.pixels(image) for image in images])})
+
+    __call__ = preprocess
+
+
+def _resize_short_side(picture: Image.Image, size: int) -> Image.Image:
+    """As torchvision's `Resize(size)`: the short side becomes `size`, the long one is cut to whole pixels."""
+    width, height = picture.size
+    if min(width, height) == size:
+        return picture
+    short, long = sorted((width, height))
+    long = int(size * long / short)
+    return picture.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
+
+
+def _crop_centre(picture: Image.Image, size: int) -> Image.Image:
+    """As torchvision's `CenterCrop(size)`, which rounds the offset half to even."""
+    left, top = (int(round((side - size) / 2.0)) for side in picture.size)
+    return picture.crop((left, top, left + size, top + size))

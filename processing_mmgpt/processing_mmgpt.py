@@ -1,0 +1,341 @@
+"""The processor: chat messages and pictures to ids and pixels. It owns every string and every token."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .image_processing_mmgpt import MMGPTImageProcessor
+from .messages_mmgpt import fill_images, hide_control_tokens, normalise, split_hidden
+
+
+IMAGE_TOKEN = "<image>"
+END_OF_CHUNK_TOKEN = "<|endofchunk|>"
+PAD_TOKEN = "<PAD>"
+
+
+class MMGPTProcessor(ProcessorMixin):
+    """Tokenizer, image processor and the one chat template.
+
+    Args:
+        image_processor: Turns pictures into pixels.
+        tokenizer: A fast tokenizer that has `<image>` and `<|endofchunk|>` as special tokens.
+        chat_template: The template; by default the one in `chat_template_mmgpt.jinja`.
+
+    Raises:
+        ValueError: If the tokenizer is slow or lacks one of the tokens.
+    """
+
+    def __init__(
+        self,
+        image_processor: MMGPTImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+    ):
+        if chat_template is None:
+            chat_template = Path(__file__).with_name("chat_template_mmgpt.jinja").read_text(encoding="utf-8")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        missing = {IMAGE_TOKEN, END_OF_CHUNK_TOKEN} - set(tokenizer.all_special_tokens)
+        if missing or not tokenizer.is_fast:
+            raise ValueError(
+                f"The tokenizer has to be a fast one with {IMAGE_TOKEN} and {END_OF_CHUNK_TOKEN} as special tokens; "
+                f"is_fast is {tokenizer.is_fast}, missing are {sorted(missing)}. "
+                "`MMGPTProcessor.from_vision_text_pretrained` adds them."
+            )
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.end_of_chunk_token_id = tokenizer.convert_tokens_to_ids(END_OF_CHUNK_TOKEN)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: Any, text: str, *, vision_config: str | dict | None = None, **kwargs
+    ) -> "MMGPTProcessor":
+        """Make the processor for the tower and the LM that the model of the same method joins.
+
+        The tokenizer gets `<|endofchunk|>`, `<image>` and, if it has no padding token, `<PAD>`, in this order.
+
+        Args:
+            vision: As for the model; read only without `vision_config`, as the folder or id of a vision model.
+            text: Folder or Hub id of the LM, for its tokenizer.
+            vision_config: An open_clip model name or model config, for the size of the pictures.
+            **kwargs: Arguments of [`MMGPTImageProcessor`], such as another `size`, mean and deviation.
+        """
+        if "size" not in kwargs:
+            kwargs["size"] = _picture_size(vision, vision_config)
+        tokenizer = AutoTokenizer.from_pretrained(text)
+        tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK_TOKEN, IMAGE_TOKEN]})
+        if tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        return cls(MMGPTImageProcessor(**kwargs), tokenizer)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The keys of a batch."""
+        return ["input_ids", "attention_mask", "pixel_values", "num_frames"]
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        images: Any = None,
+        padding: bool | str = False,
+        padding_side: str = "left",
+        return_tensors: str | None = "pt",
+        add_special_tokens: bool = True,
+        **kwargs,
+    ) -> BatchFeature:
+        """Turn control text and pictures into a batch.
+
+        Args:
+            text: One text or several; each `<image>` in them stands for a picture.
+            images: A picture, a flat list that the texts share out by their `<image>`s, or a list for each text. In
+                place of a picture, a list of pictures is a video.
+            padding: As in a tokenizer.
+            padding_side: `"left"` for generation, `"right"` for training.
+            return_tensors: `"pt"`, or `None` for ids as lists.
+            add_special_tokens: Let the tokenizer add its BOS, unless the text begins with it.
+            **kwargs: Handed to the tokenizer.
+
+        Returns:
+            `input_ids` and `attention_mask` `(B, T)`; with images, `pixel_values` as [`stack_pictures`] makes them.
+
+        Raises:
+            ValueError: If a text has another number of `<image>`s than pictures, with the row and both numbers.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        starts_with_bos = self.tokenizer.bos_token and texts and texts[0].startswith(self.tokenizer.bos_token)
+        encoded = self.tokenizer(
+            texts, add_special_tokens=add_special_tokens and not starts_with_bos, return_token_type_ids=False, **kwargs
+        )
+        return self.batch(
+            encoded["input_ids"], self._share_out(encoded["input_ids"], images), padding, padding_side, return_tensors
+        )
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        images: list | None = None,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        continue_final_message: bool = False,
+        **template_kwargs,
+    ) -> dict[str, list]:
+        """Render one conversation and tokenize it, with what is trained on.
+
+        A control token that stands literally in a message stays text: it gets the ids of its characters.
+
+        Args:
+            messages: The conversation.
+            images: Pictures for the image parts without a source, in order.
+            add_generation_prompt: End with the head of a response.
+            chat_template: Another template.
+            continue_final_message: Leave the last message open.
+            **template_kwargs: Variables of the template.
+
+        Returns:
+            `input_ids`; `assistant_masks`, 1 at the tokens of responses and their end tokens; `images`, the pictures.
+
+        Raises:
+            ValueError: On messages that [`~processing_mmgpt.messages_mmgpt.normalise`] refuses, or if places and
+                pictures differ in number.
+        """
+        messages = normalise(messages)
+        pictures = fill_images(messages, images)
+        rendered, spans = self._render(
+            messages, add_generation_prompt, chat_template, continue_final_message, template_kwargs
+        )
+        ids, mask, offset = [], [], 0
+        for piece, stays_text in split_hidden(rendered, self._control_tokens):
+            encoded = self.tokenizer(
+                piece, add_special_tokens=False, split_special_tokens=stays_text, return_offsets_mapping=True
+            )
+            for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                at = offset if stays_text else offset + start
+                ids.append(token)
+                mask.append(int(any(begin <= at < end for begin, end in spans)))
+            offset += 1 if stays_text else len(piece)
+        return {"input_ids": ids, "assistant_masks": mask, "images": pictures}
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = "pt",
+        return_dict: bool = False,
+        continue_final_message: bool = False,
+        processor_kwargs: dict | None = None,
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        images: list | None = None,
+        **template_kwargs,
+    ) -> str | list[str] | BatchFeature | torch.Tensor:
+        """Render conversations, and tokenize them if asked to.
+
+        Args:
+            conversation: Messages, or a list of such for a batch.
+            chat_template: Another template.
+            add_generation_prompt: End with the head of a response.
+            return_assistant_tokens_mask: Return `assistant_masks` as well.
+            tokenize: Return ids and pixels, not text.
+            return_tensors: `"pt"`, or `None` for ids as lists.
+            return_dict: Return the whole batch, not `input_ids` alone.
+            continue_final_message: Leave the last message open.
+            processor_kwargs: `padding`, `padding_side` and `images` may stand in here, where transformers puts them.
+            padding: As in a tokenizer.
+            padding_side: By default `"left"` before generation and `"right"` else.
+            images: Pictures for the image parts without a source, in order; for a batch, a list each.
+            **template_kwargs: Variables of the template.
+
+        Raises:
+            ValueError: As [`encode_chat`].
+        """
+        processor_kwargs = dict(processor_kwargs or {})
+        padding = processor_kwargs.pop("padding", padding)
+        images = processor_kwargs.pop("images", images)
+        side = processor_kwargs.pop("padding_side", padding_side) or ("left" if add_generation_prompt else "right")
+        return_tensors = "pt" if return_tensors == "auto" else processor_kwargs.pop("return_tensors", return_tensors)
+        if processor_kwargs:
+            raise ValueError(f"apply_chat_template does not know the processor_kwargs {sorted(processor_kwargs)}.")
+        is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
+        conversations = conversation if is_batch else [conversation]
+        options = (add_generation_prompt, chat_template, continue_final_message)
+        if not tokenize:
+            texts = [self._render(normalise(messages), *options, template_kwargs)[0] for messages in conversations]
+            texts = ["".join(piece for piece, _ in split_hidden(text, self._control_tokens)) for text in texts]
+            return texts if is_batch else texts[0]
+        pictures = images if is_batch and images is not None else [images] * len(conversations)
+        rows = [
+            self.encode_chat(messages, given, *options, **template_kwargs)
+            for messages, given in zip(conversations, pictures, strict=True)
+        ]
+        batch = self.batch(
+            [row["input_ids"] for row in rows], [row["images"] for row in rows], padding, side, return_tensors
+        )
+        if return_assistant_tokens_mask:
+            masks = [row["assistant_masks"] for row in rows]
+            width = max(map(len, batch["input_ids"]))
+            batch["assistant_masks"] = pad_rows(masks, 0, side, width) if padding else masks
+            if return_tensors == "pt":
+                batch["assistant_masks"] = torch.tensor(batch["assistant_masks"])
+        return batch if return_dict else batch["input_ids"]
+
+    def batch(
+        self,
+        input_ids: list[list[int]],
+        images: list[list],
+        padding: bool | str,
+        padding_side: str,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """Pad rows of ids and stack their pictures.
+
+        Raises:
+            ValueError: If a row has another number of `<image>`s than pictures, with the row and both numbers.
+        """
+        for row, (ids, pictures) in enumerate(zip(input_ids, images, strict=True)):
+            if ids.count(self.image_token_id) != len(pictures):
+                raise ValueError(
+                    f"Row {row} holds {ids.count(self.image_token_id)} {IMAGE_TOKEN} tokens, but {len(pictures)} "
+                    "pictures were given for it. Give one picture for each token."
+                )
+        batch = self.tokenizer.pad(
+            {"input_ids": input_ids},
+            padding=padding,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            **kwargs,
+        )
+        return BatchFeature({**batch, **self.stack_pictures(images)})
+
+    def stack_pictures(self, images: list[list]) -> dict[str, torch.Tensor]:
+        """Stack the pictures of each row, zeros where a row has fewer.
+
+        Args:
+            images: For each row its pictures; in place of a picture, a list of pictures is a video.
+
+        Returns:
+            Nothing if no row has a picture; else `pixel_values` `(B, M, 3, size, size)`, or with a video
+            `(B, M, F, 3, size, size)` and `num_frames` `(B, M)`.
+        """
+        num_images = max(map(len, images), default=0)
+        if num_images == 0:
+            return {}
+        is_video = any(isinstance(picture, list | tuple) for row in images for picture in row)
+        size = self.image_processor.size
+        frames = [[p if isinstance(p, list | tuple) else [p] for p in row] for row in images]
+        num_frames = torch.tensor([[len(p) for p in row] + [1] * (num_images - len(row)) for row in frames])  # (B, M)
+        pixel_values = torch.zeros(len(images), num_images, int(num_frames.max()), 3, size, size)
+        for row, pictures in enumerate(frames):
+            for column, picture in enumerate(pictures):
+                for number, frame in enumerate(picture):
+                    pixel_values[row, column, number] = self.image_processor.pixels(frame)
+        if is_video:
+            return {"pixel_values": pixel_values, "num_frames": num_frames}
+        return {"pixel_values": pixel_values[:, :, 0]}
+
+    @property
+    def _control_tokens(self) -> list[str]:
+        return self.tokenizer.all_special_tokens
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        chat_template: str | None,
+        continue_final_message: bool,
+        template_kwargs: dict,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Render normalised messages, control tokens in their texts hidden; the spans are those of responses."""
+        rendered, spans = render_jinja_template(
+            conversations=[hide_control_tokens(messages, self._control_tokens)],
+            chat_template=self.chat_template if chat_template is None else chat_template,
+            return_assistant_tokens_mask=True,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **template_kwargs},
+        )
+        return rendered[0], spans[0]
+
+    def _share_out(self, input_ids: list[list[int]], images: Any) -> list[list]:
+        """Bring `images` into one list for each row."""
+        if images is None:
+            return [[] for _ in input_ids]
+        if not isinstance(images, list | tuple):
+            images = [images]
+        if len(images) == len(input_ids) and all(isinstance(row, list | tuple) for row in images):
+            return [list(row) for row in images]
+        counts = [ids.count(self.image_token_id) for ids in input_ids]
+        if sum(counts) != len(images):
+            raise ValueError(
+                f"The texts hold {counts} {IMAGE_TOKEN} tokens, row by row, but {len(images)} pictures were given in "
+                "one list. Give one picture for each token, or a list for each row."
+            )
+        rest = iter(images)
+        return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def pad_rows(rows: list[list[int]], value: int, side: str, width: int) -> list[list[int]]:
+    """Pad rows of integers to `width` on one side."""
+    if side == "left":
+        return [[value] * (width - len(row)) + row for row in rows]
+    return [row + [value] * (width - len(row)) for row in rows]
+
+
+def _picture_size(vision: Any, vision_config: str | dict | None) -> int:
+    if vision_config is None:
+        full = AutoConfig.from_pretrained(vision)
+        return getattr(full, "vision_config", full).image_size
+    if isinstance(vision_config, str):
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ImportError("Reading an open_clip model name needs `pip install open_clip_torch`.") from error
+        vision_config = open_clip.get_model_config(vision_config)
+    return vision_config.get("vision_cfg", vision_config)["image_size"]
