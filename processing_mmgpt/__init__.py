@@ -14,4 +14,8 @@ from modeling_mmgpt import MMGPTConfig  # noqa: E402
 
 
 AutoProcessor.register(MMGPTConfig, MMGPTProcessor, exist_ok=True)
-AutoImageProcessor.register(MMGPTConfig, slow_image_processor_class=MMGPTImageProcessor, exist_ok=True)
+AutoImageProcessor.register(
+    MMGPTConfig,
+    image_processor_classes={"pil": MMGPTImageProcessor, "torchvision": MMGPTImageProcessor},
+    exist_ok=True,
+)

@@ -16,6 +16,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,13 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import HfArgumentParser, LlamaConfig, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from examples.tiny_world import corpus
-from examples.tiny_world.scenes import COLOURS, SHAPES, SIDE
-from examples.tiny_world.tokenizer import build_tokenizer
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
 from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
+
+from . import corpus
+from .language import CATEGORY
+from .scenes import COLOURS, SHAPES, SIDE
+from .tokenizer import build_tokenizer
 
 
 IGNORED = -100
@@ -222,27 +225,27 @@ def probe(model, processor, count: int = 600) -> dict[str, float]:
     return {key: right[key] / seen[key] for key in sorted(seen)}
 
 
-def _values(document: corpus.Document, hits: list[bool], processor: MMGPTProcessor):
-    """Yield each learned piece of a document: the form of its key, and whether all its tokens were guessed."""
-    start, shots = 0, Counter()
-    key = ""
+def _values(document: corpus.Document, hits: list[bool], processor: MMGPTProcessor) -> Iterator[tuple[str, bool]]:
+    """Yield each value of a document: the form of its key, and whether all its tokens were guessed."""
+    start, shots, key = 0, 0, ""
     for text, is_learned in document.pieces:
         length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if is_learned:
-            shots[key] += 1
-            name = f"{key}, shot {shots[key] - 1}" if key == corpus.LABELLED else key
+        if not is_learned:
+            key = text.strip()
+        elif key:
+            name = f"{key}, {shots} shots" if key == corpus.LABELLED else _form(key)
+            shots += key == corpus.LABELLED
             yield name, all(hits[start : start + length])
-        else:
-            key = _form(text)
+            key = ""  # what follows without a key is a statement, which cannot be guessed
         start += length
 
 
 def _form(key: str) -> str:
     """The key without what varies from one document to the next."""
-    key = re.sub("|".join(COLOURS), "COLOUR", key.strip())
-    key = re.sub("|".join(SHAPES), "SHAPE", key)
-    key = re.sub(r"\d+( \d+)*", "N", key)
-    return re.sub(r"(copy) .*|^[a-z]+:$", r"\1 WORDS", key) if key not in ("text:", "colour:", "digit:") else key
+    key = re.sub(
+        "|".join(CATEGORY), "WORD", re.sub("|".join(COLOURS), "COLOUR", re.sub("|".join(SHAPES), "SHAPE", key))
+    )
+    return re.sub(r"copy .*", "copy WORDS:", re.sub(r"\d+( \d+)*", "N", key))
 
 
 def main() -> None:

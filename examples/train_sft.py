@@ -1,0 +1,86 @@
+"""Instruction-tune a model with LoRA on your own pictures and dialogues.
+
+    accelerate launch examples/train_sft.py --model_name_or_path examples/tiny_world/base --data records.jsonl \
+        --output_dir outputs/adapter --learning_rate 1e-3 --num_train_epochs 3
+
+Each line of the file is one record; pictures are paths relative to the file, one for each image part, in order:
+
+    {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+                  {"role": "assistant", "content": "A cat."}], "images": ["cat.png"]}
+
+Records with pictures and records without may stand in one file. All options of `trl.SFTConfig` are options here.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from modeling_mmgpt.adapters_mmgpt import lora_config
+from processing_mmgpt import MMGPTCollator
+
+
+@dataclass
+class ScriptArguments:
+    """What is tuned, on what, and how."""
+
+    model_name_or_path: str = field(metadata={"help": "folder or Hub id of the base"})
+    data: Path = field(metadata={"help": "JSONL file of records"})
+    lora_r: int = 16
+    lora_alpha: int = 16
+    language_mlp: bool = field(default=False, metadata={"help": "adapt the LM's feed-forward as well"})
+
+
+def read_records(path: Path) -> list[dict]:
+    """Read a JSONL file of records, with the paths of pictures as they can be opened from here.
+
+    Raises:
+        ValueError: With the number of the line, if one is no record.
+        FileNotFoundError: With the number of the line, if a picture is not there.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            messages, images = record["messages"], [path.parent / image for image in record.get("images", [])]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: no record with `messages`: {error!r}") from error
+        missing = [str(image) for image in images if not image.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path}, line {number}: no such picture: {missing}")
+        records.append({"messages": messages, "images": [str(image) for image in images]})
+    return records
+
+
+def main() -> None:
+    """Load, tune, save adapter and processor."""
+    script, config = TrlParser((ScriptArguments, SFTConfig)).parse_args_and_config()
+    records = read_records(script.data)
+    model = AutoModelForImageTextToText.from_pretrained(script.model_name_or_path, dtype="auto")
+    processor = AutoProcessor.from_pretrained(script.model_name_or_path)
+
+    # What belongs to the collator is its own: TRL neither renders, cuts nor drops anything.
+    max_length, config.max_length = config.max_length, None
+    config.dataset_kwargs = {"skip_prepare_dataset": True}
+    config.remove_unused_columns = False
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_dict({"record": range(len(records))}).with_transform(
+            lambda batch: {key: [records[i][key] for i in batch["record"]] for key in ("messages", "images")}
+        ),
+        data_collator=MMGPTCollator(processor, max_length=max_length),
+        processing_class=processor,
+        peft_config=lora_config(model, script.lora_r, script.lora_alpha, script.language_mlp),
+    )
+    trainer.train()
+    trainer.save_model(config.output_dir)
+    if trainer.accelerator.is_main_process:
+        processor.save_pretrained(config.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A tiny model, its processor and pictures; everything random is seeded."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration
+from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
+
+
+SIDE = 24  # of a picture, in pixels
+END_OF_CHUNK, IMAGE, PAD, VOCABULARY = 258, 259, 260, 261  # <s> is 256, </s> 257, below them the bytes
+VISION = {"width": 16, "layers": 2, "head_width": 8, "patch_size": 8, "image_size": SIDE, "quick_gelu": True}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+MIN = {"n_embd": 32, "n_layer": 4, "n_head": 4}
+
+# Sizes of a tiny LM of each family, over the defaults of transformers.
+FAMILIES = {
+    "llama": {**SMALL, "num_key_value_heads": 2},
+    "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
+    "smollm3": {**SMALL, "num_key_value_heads": 2},
+    "gemma2": {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+    },
+    "gpt2": MIN,
+    "gpt_neox": SMALL,
+    "mpt": {"d_model": 32, "n_layers": 4, "n_heads": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "gptj": {**MIN, "rotary_dim": 4},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def _weights(module, seed):
+    """Random weights far larger than a fresh model's, so that what is fed in shows in what comes out."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.8 * parameter[0].numel() ** -0.5, generator=generator)
+            elif parameter.dim() == 1 and parameter.numel() > 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return module
+
+
+def _build(family="llama", gates=0.7, seed=0, text=None, vision=None, dtype=torch.float32, attention=None, **config):
+    text_config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        **{**FAMILIES[family], "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": PAD, **(text or {})},
+    )
+    config = MMGPTConfig(
+        **{
+            "vision_config": {**VISION, **(vision or {})},
+            "text_config": text_config,
+            "resampler": {"depth": 2, "num_heads": 2, "head_dim": 8, "num_latents": 4},
+            "cross_attention": {"num_heads": 2, "head_dim": 8},
+            "cross_attn_every_n_layers": 2,
+            "image_token_id": IMAGE,
+            "end_of_chunk_token_id": END_OF_CHUNK,
+            **config,
+        }
+    )
+    config._attn_implementation = attention
+    model = _weights(MMGPTForConditionalGeneration(config), seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("attn_gate", "ff_gate")):
+                parameter.fill_(gates)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """Build a tiny model: `make_model(family, gates=0.7, seed=0, **fields of the config)`."""
+    return _build
+
+
+@pytest.fixture(scope="session")
+def make_lm():
+    """Take the bare LM out of a model: the same weights, no gated block."""
+
+    def bare(model):
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config))
+        weights = model.model.text_model.state_dict()
+        weights = {key.replace("decoder_layer.", ""): value for key, value in weights.items() if "gated" not in key}
+        lm.load_state_dict(weights)
+        return lm.to(model.dtype).eval()
+
+    return bare
+
+
+@pytest.fixture(scope="module")
+def model():
+    return _build()
+
+
+@pytest.fixture(scope="module")
+def shut():
+    return _build(gates=0.0)
+
+
+def _tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate([*alphabet, "<s>", "</s>"])}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def base_tokenizer():
+    """A tokenizer with a token for each byte, `<s>` and `</s>`, before anything of ours is added."""
+    return _tokenizer()
+
+
+@pytest.fixture(scope="session")
+def processor():
+    tokenizer = _tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"], "pad_token": "<PAD>"})
+    return MMGPTProcessor(MMGPTImageProcessor(size=SIDE), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """Make the picture of a seed."""
+
+    def make(seed, width=SIDE, height=SIDE, mode="RGB"):
+        noise = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+        return Image.fromarray(noise, "RGBA").convert(mode)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pixels():
+    """Make `pixel_values`, the same for the same seed."""
+
+    def make(*shape, seed=0):
+        return torch.randn(*shape, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ids():
+    """Make rows of ids from drawings, `#` an image, `_` padding, and their attention mask."""
+
+    def make(*rows):
+        table = {"#": IMAGE, "_": PAD}
+        tokens = torch.tensor([[table.get(c, ord(c)) for c in row] for row in rows])
+        return {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}
+
+    return make
