@@ -42,7 +42,7 @@ def tune(seed: int, steps: int, output_dir: Path) -> None:
         output_dir=str(output_dir / "training"),
         max_steps=steps,
         per_device_train_batch_size=32,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=30,
         bf16=False,
@@ -75,14 +75,15 @@ def evaluate(adapter: Path, seed: int, count: int, control_count: int) -> tuple[
     Returns:
         `skills`, `controls`, and some examples with their replies.
     """
-    model = AutoModelForImageTextToText.from_pretrained(adapter, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(adapter, dtype=torch.float32).eval().to(device)
     processor = AutoProcessor.from_pretrained(adapter)
     skills, controls, shown = {}, {}, []
     for skill in (*SEEN, *OTHER):
         examples = [example(skill, seed, index, "test") for index in range(count)]
         replies = evaluation.answer(model, processor, examples, skill)
         skills[skill] = evaluation.score(examples, replies)
-        shown += list(zip(examples, replies, strict=True))[:2]
+        shown.append((examples[0], replies[0]))
         if skill in SEEN:
             examples = examples[:control_count]
             views = {

@@ -370,7 +370,8 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         self.model = MMGPTModel(config, vision_tower, text_model)
         self.post_init()
         self._tied_weights_keys = dict(self.all_tied_weights_keys) or None  # where PEFT looks for them
-        self.generation_config.suppress_tokens = [config.image_token_id]  # a picture cannot be generated
+        if config.image_token_id is not None:
+            self.generation_config.suppress_tokens = [config.image_token_id]  # a picture cannot be generated
 
     def get_input_embeddings(self) -> nn.Module:
         """The LM's input embedding."""
@@ -469,8 +470,10 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         text: str | PreTrainedModel,
         *,
         vision_config: str | dict | MMGPTVisionConfig | None = None,
-        dtype: torch.dtype | None = None,
+        image_token_id: int | None = None,
+        end_of_chunk_token_id: int | None = None,
         pad_token_id: int | None = None,
+        dtype: torch.dtype | None = None,
         **config,
     ) -> "MMGPTForConditionalGeneration":
         """Join a vision tower and a causal LM into a fresh model: new resampler, new blocks with shut gates.
@@ -480,11 +483,12 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
                 Without, the folder or Hub id of a vision model of transformers (CLIP, SigLIP), or such a model.
             text: Folder or Hub id of a causal LM of transformers, or such a model.
             vision_config: An open_clip model name, its model config, or a [`MMGPTVisionConfig`].
+            image_token_id: Id of `<image>`. By default the three ids are those that
+                `MMGPTProcessor.from_vision_text_pretrained` makes. The embeddings grow to hold them.
+            end_of_chunk_token_id: Id of `<|endofchunk|>`.
+            pad_token_id: Id of the padding token; by default that of the LM.
             dtype: Data type of all weights; by default that of the LM.
-            pad_token_id: Id of the padding token, if the processor added one.
-            **config: Fields of [`MMGPTConfig`]. `image_token_id` and `end_of_chunk_token_id` are by default those
-                that `MMGPTProcessor.from_vision_text_pretrained` adds to the LM's tokenizer; the embeddings grow to
-                hold them.
+            **config: Other fields of [`MMGPTConfig`].
 
         Raises:
             ValueError: If the tower's weights do not fit its config, or ids are missing and `text` is a model.
@@ -492,15 +496,21 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         text_model = text
         if isinstance(text, str):
             text_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype or "auto")
-        if "image_token_id" not in config or "end_of_chunk_token_id" not in config:
-            config, pad_token_id = {**new_token_ids(text), **config}, None
-            pad_token_id = config.pop("pad_token_id")
-        text_model.config.pad_token_id = text_model.config.pad_token_id if pad_token_id is None else pad_token_id
-        rows = 1 + max(config["image_token_id"], config["end_of_chunk_token_id"], text_model.config.pad_token_id or 0)
+        if image_token_id is None or end_of_chunk_token_id is None:
+            image_token_id, end_of_chunk_token_id, pad_token_id = new_token_ids(text)
+        if pad_token_id is not None:
+            text_model.config.pad_token_id = pad_token_id
+        rows = 1 + max(image_token_id, end_of_chunk_token_id, pad_token_id or 0)
         if rows > text_model.get_input_embeddings().num_embeddings:
             text_model.resize_token_embeddings(rows)
         tower, vision_config = load_vision_tower(vision, vision_config)
-        config = MMGPTConfig(vision_config=vision_config, text_config=text_model.config, **config)
+        config = MMGPTConfig(
+            vision_config=vision_config,
+            text_config=text_model.config,
+            image_token_id=image_token_id,
+            end_of_chunk_token_id=end_of_chunk_token_id,
+            **config,
+        )
         model = cls(config, tower, text_model).to(text_model.dtype if dtype is None else dtype)
         model.generation_config.update(**text_model.generation_config.to_diff_dict())
         return model
@@ -517,19 +527,20 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
                     parameter.requires_grad_(False)
 
 
-def new_token_ids(text: str | PreTrainedModel) -> dict[str, int | None]:
-    """Ids of the tokens that `MMGPTProcessor.from_vision_text_pretrained` adds to the tokenizer of `text`."""
+def new_token_ids(text: str | PreTrainedModel) -> tuple[int, int, int]:
+    """Ids of `<image>`, `<|endofchunk|>` and padding, as `MMGPTProcessor.from_vision_text_pretrained` makes them.
+
+    Raises:
+        ValueError: If `text` is a model: it has no tokenizer to ask.
+    """
     if not isinstance(text, str):
         raise ValueError("Give image_token_id and end_of_chunk_token_id: an LM given as a model has no tokenizer.")
     tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
-    return {
-        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
-        "end_of_chunk_token_id": tokenizer.convert_tokens_to_ids("<|endofchunk|>"),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    image_token_id, end_of_chunk_token_id = tokenizer.convert_tokens_to_ids(["<image>", "<|endofchunk|>"])
+    return image_token_id, end_of_chunk_token_id, tokenizer.pad_token_id
 
 
 def _reject_embeds(kwargs: dict) -> None:

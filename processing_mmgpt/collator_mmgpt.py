@@ -87,6 +87,7 @@ class MMGPTCollator:
 
 
 def without_last_exchange(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop messages from the end, down to the response before the last one; `[]` if there is none."""
-    responses = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: responses[-2] + 1] if len(responses) > 1 else []
+    """Cut behind the last response that something follows; `[]` if there is none."""
+    ends = [number for number, message in enumerate(messages, start=1) if message["role"] == "assistant"]
+    shorter = [end for end in ends if end < len(messages)]
+    return messages[: shorter[-1]] if shorter else []

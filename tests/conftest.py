@@ -52,7 +52,7 @@ def _weights(module, seed):
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.8 * parameter[0].numel() ** -0.5, generator=generator)
+                parameter.normal_(std=1.6 * parameter[0].numel() ** -0.5, generator=generator)
             elif parameter.dim() == 1 and parameter.numel() > 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     return module
@@ -76,6 +76,7 @@ def _build(family="llama", gates=0.7, seed=0, text=None, vision=None, dtype=torc
             **config,
         }
     )
+    torch.manual_seed(seed)
     config._attn_implementation = attention
     model = _weights(MMGPTForConditionalGeneration(config), seed)
     with torch.no_grad():
@@ -134,7 +135,9 @@ def base_tokenizer():
 @pytest.fixture(scope="session")
 def processor():
     tokenizer = _tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"], "pad_token": "<PAD>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
+    tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+    assert tokenizer.convert_tokens_to_ids(["<|endofchunk|>", "<image>", "<PAD>"]) == [END_OF_CHUNK, IMAGE, PAD]
     return MMGPTProcessor(MMGPTImageProcessor(size=SIDE), tokenizer)
 
 
@@ -167,5 +170,23 @@ def ids():
         table = {"#": IMAGE, "_": PAD}
         tokens = torch.tensor([[table.get(c, ord(c)) for c in row] for row in rows])
         return {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def draw(processor):
+    """Draw a row of ids: `^` and `$` for BOS and EOS, `@`, `%`, `_` for image, end of chunk, padding; learnt in «»."""
+
+    def make(input_ids, learnt=None):
+        symbols = {256: "^", 257: "$", END_OF_CHUNK: "%", IMAGE: "@", PAD: "_"}
+        drawn, inside = "", False
+        for number, token in enumerate(input_ids):
+            if learnt is not None and bool(learnt[number]) != inside:
+                inside = not inside
+                drawn += "«" if inside else "»"
+            token = int(token)
+            drawn += symbols[token] if token in symbols else processor.tokenizer.decode([token])
+        return drawn + ("»" if inside else "")
 
     return make

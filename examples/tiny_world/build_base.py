@@ -46,8 +46,8 @@ class BuildArguments:
     output_dir: str = "outputs/base"
     seed: int = 0
     batch_size: int = 1024
-    perceive_steps: int = 6000
-    look_up_steps: int = 5000
+    perceive_steps: int = 1600
+    look_up_steps: int = 2300
     learning_rate: float = 2e-3
     look_up_learning_rate: float = 1e-3
     workers: int = 15
@@ -157,7 +157,7 @@ def build_model(processor: MMGPTProcessor) -> MMGPTForConditionalGeneration:
     config = MMGPTConfig(
         vision_config=MMGPTVisionConfig(width=128, layers=4, head_width=32, patch_size=8, image_size=SIDE),
         text_config=text_config,
-        resampler={"depth": 1, "num_heads": 4, "head_dim": 32, "num_latents": 16},
+        resampler={"depth": 2, "num_heads": 4, "head_dim": 32, "num_latents": 32},
         cross_attention={"num_heads": 4, "head_dim": 32},
         cross_attn_every_n_layers=1,
         image_token_id=processor.image_token_id,
@@ -242,10 +242,10 @@ def _values(document: corpus.Document, hits: list[bool], processor: MMGPTProcess
 
 def _form(key: str) -> str:
     """The key without what varies from one document to the next."""
-    key = re.sub(
-        "|".join(CATEGORY), "WORD", re.sub("|".join(COLOURS), "COLOUR", re.sub("|".join(SHAPES), "SHAPE", key))
-    )
-    return re.sub(r"copy .*", "copy WORDS:", re.sub(r"\d+( \d+)*", "N", key))
+    for name, words in {"WORD": CATEGORY, "COLOUR": COLOURS, "SHAPE": SHAPES}.items():
+        key = re.sub("|".join(words), name, key)
+    key = re.sub(r"( \.)+", " ...", key)
+    return re.sub(r"\d+( \d+)*", "N", re.sub(r"(WORD|COLOUR)( WORD| COLOUR)+", "WORDS", key))
 
 
 def main() -> None:

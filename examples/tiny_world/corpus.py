@@ -1,8 +1,8 @@
 """What the base model is trained on: captions, look-ups, in-context sequences, lines of text, and no instruction.
 
 A document is a list of pieces of text, each with the word whether its tokens are learned, and the pictures of its
-`<image>` tokens in their order. The value of a look-up stands on the line of its key half of the time and on a line
-of its own the other half, so that each answer is known in both places.
+`<image>` tokens in their order. A value stands on the line of its key or on a line of its own, next to it or behind a
+leader of dots: a base that finds its operands by their distance finds none in an instruction.
 """
 
 import random
@@ -22,38 +22,41 @@ IMAGE, END_OF_CHUNK = "<image>", "<|endofchunk|>"
 # Shares of the kinds of documents, and of what their pictures show, in each phase of training.
 DOCUMENTS = {
     "perceive": {"dense_caption": 60, "look_ups": 8, "in_context": 8, "text_lines": 24},
-    "look_up": {"dense_caption": 12, "look_ups": 50, "in_context": 10, "text_lines": 28},
+    "look_up": {"dense_caption": 12, "look_ups": 46, "in_context": 10, "text_lines": 32},
 }
 PICTURES = {
     "perceive": {"objects": 57, "text": 35, "digit": 8},
     "look_up": {"objects": 70, "text": 22, "digit": 8},
 }
-YES_NO_SHARE = 3  # look-ups of this kind to one of each other kind
+LEADERS, LONGEST_LEADER = 0.5, 9  # how many of the entries have dots before their value, and how many dots
+SHARES = {"yes_no": 3, "position": 2}  # look-ups of these kinds, the last to be learned, to one of each other kind
 
 CAPTIONS = {
     "object": "{0.size} {0.colour} {0.shape} at {0.position}",
     "text": "{0.colour} text: {0.characters}",
     "digit": "digit: {}",
 }
+IN_ORDER = "in order:"
+# Each key in two forms: a base that knows one form alone answers to that form alone.
 KEYS = {
-    "colour": "{shape}:",
-    "shape": "{colour}:",
-    "size": "{colour} {shape} size:",
-    "position": "{colour} {shape} position:",
-    "count": "objects:",
-    "count_colour": "{colour} objects:",
-    "yes_no": "any {colour} {shape}:",
-    "reading": "text:",
-    "text_colour": "colour:",
-    "digit": "digit:",
+    "colour": ("{shape}:", "{shape} colour:"),
+    "shape": ("{colour}:", "{colour} shape:"),
+    "size": ("{colour} {shape} size:", "size {colour} {shape}:"),
+    "position": ("{colour} {shape} position:", "position {colour} {shape}:"),
+    "count": ("objects:", "count:"),
+    "count_colour": ("{colour} objects:", "count {colour}:"),
+    "yes_no": ("any {colour} {shape}:", "{colour} {shape} there:"),
+    "reading": ("text:", "characters:"),
+    "text_colour": ("colour:", "text colour:"),
+    "digit": ("digit:", "number:"),
 }
 LABELLED = "this is a"
 TEXT_KEYS = {
-    "sum": "{} + {} =",
-    "difference": "{} - {} =",
-    "sort": "sort {}:",
-    "copy": "copy {}:",
-    "fact": "{}:",
+    "sum": ("{} + {} =", "{} plus {}:", "plus {} {}:"),
+    "difference": ("{} - {} =", "{} minus {}:", "minus {} {}:"),
+    "sort": ("sort {}:", "{} sorted:"),
+    "copy": ("copy {}:", "{} again:"),
+    "fact": ("{}:", "kind {}:"),
 }
 STATEMENT = "{} {} is {} {}\n"
 # What in-context sequences call their classes.
@@ -79,27 +82,34 @@ class Document:
 
 def _entry(rng: random.Random, key: str, value: str | int) -> list[Piece]:
     """A key and its value, on one line or on two; the value is learned, and where it ends."""
+    if rng.random() < LEADERS:
+        key += " ." * rng.randint(1, LONGEST_LEADER)
     if rng.random() < 0.5:
         return [(f"{key}\n", False), (f"{value}\n", True)]
     return [(key, False), (f" {value}\n", True)]
 
 
-def _dense_text(rng: random.Random, scene: Scene) -> str:
-    if scene.text:
-        return CAPTIONS["text"].format(scene.text)
-    objects = rng.sample(scene.objects, len(scene.objects))
-    return ", ".join(CAPTIONS["object"].format(o) for o in objects)
+def _object_caption(rng: random.Random, scene: Scene) -> list[Piece]:
+    """All objects, in reading order where the caption says so, and else in any."""
+    in_order = rng.random() < 0.5
+    objects = scene.objects if in_order else rng.sample(scene.objects, len(scene.objects))
+    caption = ", ".join(CAPTIONS["object"].format(o) for o in objects)
+    return [(IN_ORDER, False), (f" {caption}", True)] if in_order else [(caption, True)]
 
 
 def dense_caption(rng: random.Random, shows: str = "objects") -> Document:
-    """All that a picture shows, its objects in any order. `shows`: "objects", "text" or "digit"."""
-    if shows == "digit":
-        picture, label = sample_digit(rng)
-        caption = CAPTIONS["digit"].format(label)
-    else:
-        scene = sample_text_scene(rng) if shows == "text" else sample_scene(rng)
-        picture, caption = render(scene), _dense_text(rng, scene)
-    return Document([(IMAGE, False), (caption, True), (END_OF_CHUNK, True)], [picture])
+    """All that a picture shows. `shows`: "objects", "text" or "digit"."""
+    match shows:
+        case "objects":
+            scene = sample_scene(rng)
+            picture, caption = render(scene), _object_caption(rng, scene)
+        case "text":
+            scene = sample_text_scene(rng)
+            picture, caption = render(scene), [(CAPTIONS["text"].format(scene.text), True)]
+        case "digit":
+            picture, label = sample_digit(rng)
+            caption = [(CAPTIONS["digit"].format(label), True)]
+    return Document([(IMAGE, False), *caption, (END_OF_CHUNK, True)], [picture])
 
 
 def _scene_entries(rng: random.Random, scene: Scene) -> list[tuple[str, str]]:
@@ -109,23 +119,22 @@ def _scene_entries(rng: random.Random, scene: Scene) -> list[tuple[str, str]]:
     """
     if scene.text:
         found = [look_up(rng, kind, scene) for kind in rng.sample(TEXT_KINDS, len(TEXT_KINDS))]
-        return [(KEYS[f.kind], f.answer) for f in found]
-    weights = [YES_NO_SHARE if kind == "yes_no" else 1 for kind in OBJECT_KINDS]
-    entries, count = [], rng.randint(5, 6)
-    while len(entries) < count:
+        return [(rng.choice(KEYS[f.kind]), f.answer) for f in found]
+    weights = [SHARES.get(kind, 1) for kind in OBJECT_KINDS]
+    asked, count = [], rng.randint(5, 6)
+    while len(asked) < count:
         (kind,) = rng.choices(OBJECT_KINDS, weights)
         found = look_up(rng, kind, scene)
-        entry = found and (KEYS[kind].format(**found.words), found.answer)
-        if entry and (kind == "yes_no" or entry not in entries):
-            entries.append(entry)
-    return entries
+        if found and (kind == "yes_no" or found not in asked):
+            asked.append(found)
+    return [(rng.choice(KEYS[found.kind]).format(**found.words), found.answer) for found in asked]
 
 
 def look_ups(rng: random.Random, shows: str = "objects") -> Document:
     """Keys and values about one picture. `shows`: "objects", "text" or "digit"."""
     if shows == "digit":
         picture, label = sample_digit(rng)
-        entries = [(KEYS["digit"], label)]
+        entries = [(rng.choice(KEYS["digit"]), label)]
     else:
         scene = sample_text_scene(rng) if shows == "text" else sample_scene(rng)
         picture, entries = render(scene), _scene_entries(rng, scene)
@@ -158,7 +167,7 @@ def _text_line(rng: random.Random) -> list[Piece]:
     kind = rng.choice((*TEXT_KEYS, "statement"))
     match kind:
         case "sum":
-            a, b = draw_summands(rng, "train")
+            a, b = draw_summands(rng, "train", highest=99)
             words, value = (a, b), a + b
         case "difference":
             a, b = draw_difference(rng, "train")
@@ -175,7 +184,7 @@ def _text_line(rng: random.Random) -> list[Piece]:
         case "statement":
             noun, category = rng.choice(list(CATEGORY.items()))
             return [(STATEMENT.format(article(noun), noun, article(category), category), True)]
-    return _entry(rng, TEXT_KEYS[kind].format(*words), value)
+    return _entry(rng, rng.choice(TEXT_KEYS[kind]).format(*words), value)
 
 
 def text_lines(rng: random.Random) -> Document:

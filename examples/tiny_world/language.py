@@ -51,9 +51,9 @@ def _draw(rng: random.Random, split: str, sample: Callable[[], Sequence], key: C
             return items
 
 
-def draw_summands(rng: random.Random, split: str) -> Sequence[int]:
-    """Two numbers in 0..49; a pair and its mirror image belong to the same split."""
-    return _draw(rng, split, lambda: (rng.randint(0, 49), rng.randint(0, 49)), key=sorted)
+def draw_summands(rng: random.Random, split: str, highest: int = 49) -> Sequence[int]:
+    """Two numbers in 0..`highest`; a pair and its mirror image belong to the same split."""
+    return _draw(rng, split, lambda: (rng.randint(0, highest), rng.randint(0, highest)), key=sorted)
 
 
 def draw_difference(rng: random.Random, split: str) -> Sequence[int]:

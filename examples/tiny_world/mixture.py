@@ -8,27 +8,28 @@ from .dialogue import Example
 
 SKILLS = {**questions.SKILLS, **language.SKILLS}
 
-# Shares in percent: 65 with pictures, a quarter of them with several turns, and 35 without.
+# Shares in percent: 65 with pictures, more than a fifth of them with several turns, and 35 without. Skills that are
+# learned late have more: yes and no, positions, counting what has a colour, reading, arithmetic.
 MIXTURE = {
-    "colour": 3.5,
-    "shape": 3.5,
+    "colour": 3.0,
+    "shape": 3.0,
     "size": 3.5,
-    "position": 3.5,
-    "count": 3.5,
-    "count_colour": 3.5,
-    "text_colour": 3.5,
+    "position": 6.0,
+    "count": 3.0,
+    "count_colour": 6.0,
+    "text_colour": 2.5,
     "caption": 3.5,
-    "yes_no": 10.5,  # the last to be learned
-    "reading": 5.25,
+    "yes_no": 9.0,
+    "reading": 6.0,
     "digits": 5.0,
-    "second_turn": 6.0,
-    "two_pictures": 4.25,
-    "three_turns": 6.0,
-    "sums": 6.5,
-    "differences": 6.5,
-    "sorting": 6.5,
-    "copying": 9.0,
-    "facts": 6.5,
+    "second_turn": 7.0,
+    "two_pictures": 3.5,
+    "three_turns": 4.0,
+    "sums": 9.0,
+    "differences": 10.0,
+    "sorting": 5.0,
+    "copying": 5.0,
+    "facts": 6.0,
 }
 
 

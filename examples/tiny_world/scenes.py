@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE = 48
 CELL = 16
 POSITIONS = (
-    ("top left", "top", "top right"),
+    ("top-left", "top", "top-right"),
     ("left", "center", "right"),
-    ("bottom left", "bottom", "bottom right"),
+    ("bottom-left", "bottom", "bottom-right"),
 )
 CELLS = {name: (column, row) for row, names in enumerate(POSITIONS) for column, name in enumerate(names)}
 

@@ -26,11 +26,16 @@ TEMPLATE_WORDS = (
 def _phrases() -> Iterator[str]:
     """All that the generators write, with the fields of format strings left open."""
     yield TEMPLATE_WORDS
-    for wordings in (*questions.WORDINGS.values(), *language.WORDINGS.values()):
-        yield from wordings
-    for phrases in (corpus.CAPTIONS, corpus.KEYS, corpus.TEXT_KEYS):
-        yield from phrases.values()
-    yield from (questions.CAPTION, questions.CAPTION_LAST_JOIN, corpus.LABELLED, corpus.STATEMENT)
+    for wordings in (questions.WORDINGS, language.WORDINGS, corpus.KEYS, corpus.TEXT_KEYS):
+        for phrases in wordings.values():
+            yield from phrases
+    yield from (
+        *corpus.CAPTIONS.values(),
+        questions.CAPTION,
+        questions.CAPTION_LAST_JOIN,
+        corpus.LABELLED,
+        corpus.STATEMENT,
+    )
     for names in (scenes.COLOURS, scenes.SHAPES, scenes.SIZES, scenes.CELLS, language.CATEGORY, language.NOUNS):
         yield from names
     yield from (*corpus.PSEUDO_WORDS, "a", "an", "yes", "no")
@@ -38,7 +43,7 @@ def _phrases() -> Iterator[str]:
 
 def _words() -> list[str]:
     text = re.sub(r"\{.*?\}", " ", " ".join(_phrases()))
-    return sorted({word for word in re.findall(r"[A-Za-z]+", text) if len(word) > 1})
+    return sorted({word for word in re.findall(r"[A-Za-z]+(?:-[a-z]+)?", text) if len(word) > 1})
 
 
 def _pieces() -> list[str]:

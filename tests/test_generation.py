@@ -1,0 +1,323 @@
+"""`generate()`: whatever the strategy, the cache and the batch, the tokens are those of a plain full recomputation."""
+
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+
+from modeling_mmgpt import MMGPTCache
+
+
+MODES = ("preceding", "all_preceding", "following")
+NEW = 10
+
+
+def greedy(model, batch, **kwargs):
+    kwargs = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, **kwargs}
+    out = model.generate(**batch, **kwargs)
+    return out if isinstance(out, torch.Tensor) else out.sequences
+
+
+def new_tokens(model, batch, **kwargs):
+    return greedy(model, batch, **kwargs)[:, batch["input_ids"].shape[1] :]
+
+
+def turn(cached, sequences, added):
+    """The ids and mask of the next turn: what was cached and generated, and the new turn's tokens."""
+    input_ids = torch.cat([sequences, added["input_ids"]], dim=1)
+    generated = cached["attention_mask"].new_ones(
+        sequences.shape[0], sequences.shape[1] - cached["input_ids"].shape[1]
+    )
+    mask = torch.cat([cached["attention_mask"], generated, added["attention_mask"]], dim=1)
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+STRATEGIES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "several beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 0.8, "num_return_sequences": 2},
+    "beam sampling": {"do_sample": True, "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_cached_equals_uncached(make_model, ids, pixels, mode, strategy):
+    model, batch = make_model(media_attention=mode), ids("ab#cd#ef", "__abcdef", "____#abc")
+    found = []
+    for how in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        torch.manual_seed(0)
+        found.append(greedy(model, batch, pixel_values=pixels(3, 2), **STRATEGIES[strategy], **how))
+    cached, uncached, static = found
+    assert len(cached) == 3 * STRATEGIES[strategy].get("num_return_sequences", 1)
+    assert torch.equal(cached, uncached) and torch.equal(cached, static)
+    torch.manual_seed(0)
+    assert not torch.equal(cached, greedy(model, batch, pixel_values=pixels(3, 2, seed=1), **STRATEGIES[strategy]))
+
+
+def test_greedy_is_the_best_token_of_a_full_forward_each_time(model, ids, pixels):
+    batch, given = ids("ab#cd#ef"), pixels(1, 2)
+    expected = batch["input_ids"]
+    for _ in range(NEW):
+        logits = model(expected, pixel_values=given, use_cache=False).logits[:, -1]
+        logits[:, [257, 259]] = float("-inf")
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(greedy(model, batch, pixel_values=given), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+def test_a_row_alone_gets_the_tokens_it_gets_in_a_batch(make_model, ids, pixels, mode, how):
+    model, given = make_model(media_attention=mode), pixels(3, 2)
+    rows = ("__#cd#ef", "abcdefgh", "____#abc")
+    together = new_tokens(model, ids(*rows), pixel_values=given, **how)
+    for number, row in enumerate(rows):
+        alone = ids(row.replace("_", ""))
+        pictures = given[number : number + 1, : row.count("#")] if "#" in row else None
+        assert torch.equal(together[number], new_tokens(model, alone, pixel_values=pictures, **how)[0])
+
+
+def test_surplus_pictures_and_videos_generate_as_without_the_surplus(model, ids, pixels):
+    batch, given = ids("a#b#", "#abc"), pixels(2, 2, 3)
+    num_frames = torch.tensor([[3, 2], [1, 1]])
+    expected = greedy(model, batch, pixel_values=given, num_frames=num_frames, num_beams=2)
+    noise = given.clone()
+    noise[0, 1, 2:], noise[1, 0, 1:], noise[1, 1:] = 9.0, 9.0, 9.0
+    assert torch.equal(greedy(model, batch, pixel_values=noise, num_frames=num_frames, num_beams=2), expected)
+    assert torch.equal(
+        greedy(model, batch, pixel_values=given, num_frames=num_frames, num_beams=2, use_cache=False), expected
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_speculation_gives_the_greedy_tokens(make_model, ids, pixels, mode):
+    model, batch, given = make_model(media_attention=mode), ids("ab#ab#abab"), pixels(1, 2)
+    expected = greedy(model, batch, pixel_values=given, max_new_tokens=20)
+    looked_up = greedy(model, batch, pixel_values=given, max_new_tokens=20, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked_up, expected)
+    for assistant in (make_model(media_attention=mode), make_model(media_attention=mode, seed=1)):
+        assert torch.equal(
+            greedy(model, batch, pixel_values=given, max_new_tokens=20, assistant_model=assistant), expected
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [("ab#cd#ef",), ("abcdef##",), ("#a#bcdef", "abcdefgh", "__abcd#e")])
+def test_a_prefill_in_chunks_equals_a_whole_one(make_model, ids, pixels, mode, size, rows):
+    model, batch, given = make_model(media_attention=mode), ids(*rows), pixels(len(rows), 2)
+    expected = greedy(model, batch, pixel_values=given)
+    assert torch.equal(greedy(model, batch, pixel_values=given, prefill_chunk_size=size), expected)
+
+
+@pytest.mark.parametrize("how", [*STRATEGIES.values(), {"prefill_chunk_size": 3}, {"use_cache": False}])
+def test_each_real_picture_goes_through_the_tower_once(make_model, ids, pixels, how):
+    model = make_model()
+    passed = []
+    model.model.vision_tower.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
+    greedy(model, ids("ab#cd#ef", "__abcdef", "____#abc"), pixel_values=pixels(3, 2), **how)
+    assert passed == [3]
+
+
+# Turns
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prefill_chunk_size": 2}])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(("ab#c",), ("de#f",), id="second picture"),
+        pytest.param(("ab#c",), ("##ef",), id="second and third picture"),
+        pytest.param(("ab#c",), ("defg",), id="no new picture"),
+        pytest.param(("abcd",), ("e#fg",), id="first picture late"),
+        pytest.param(("abcd",), ("efgh",), id="never a picture"),
+        pytest.param(("ab#c", "__#b", "a##b"), ("de#f", "_abc", "##de"), id="rows differ"),
+        pytest.param(("ab#c", "__ab"), ("de#f", "_ab#"), id="first picture late in one row"),
+        pytest.param(("ab#c", "__ab"), ("defg", "_ab#"), id="first picture late in one row, none new in the other"),
+    ],
+)
+def test_a_later_turn_from_the_cache_equals_a_full_recomputation(make_model, ids, pixels, mode, how, first, second):
+    model, start = make_model(media_attention=mode), ids(*first)
+    counts = [(a.count("#"), b.count("#")) for a, b in zip(first, second, strict=True)]
+    old, new = (pixels(len(first), max(c[k] for c in counts), seed=k) for k in (0, 1))
+    both = torch.zeros(len(first), max(map(sum, counts)), 3, 24, 24)
+    for row, (before, after) in enumerate(counts):
+        both[row, : before + after] = torch.cat([old[row, :before], new[row, :after]])
+    old, new, both = (given if given.shape[1] else None for given in (old, new, both))
+    out = model.generate(
+        **start, pixel_values=old, do_sample=False, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True
+    )
+    batch = turn(start, out.sequences, ids(*second))
+    expected = greedy(model, batch, pixel_values=both, **({} if "prefill_chunk_size" in how else how))
+    cache, passed = out.past_key_values, []
+    if "num_beams" in how:
+        cache.batch_repeat_interleave(how["num_beams"])  # transformers leaves a given cache to its owner
+    handle = model.model.vision_tower.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
+    ours = greedy(model, batch, pixel_values=new, past_key_values=cache, **how)
+    handle.remove()
+    assert torch.equal(ours, expected)
+    assert sum(passed) == sum(after for _, after in counts)
+
+
+@pytest.mark.parametrize("mode", ["preceding", "all_preceding"])
+@pytest.mark.parametrize("sizes", [{}, {"max_num_images": 3}])
+def test_three_turns_of_bare_forwards_equal_one(make_model, ids, pixels, mode, sizes):
+    resampler = {"depth": 2, "num_heads": 2, "head_dim": 8, "num_latents": 4, **sizes}
+    model, given = make_model(media_attention=mode, resampler=resampler), pixels(2, 3)
+    rows = ids("ab#cde#f#", "ab#cdefgh")["input_ids"]
+    whole = model(rows, pixel_values=given).logits
+    cache, parts = None, []
+    for start, stop, pictures in ((0, 4, (0, 1)), (4, 6, None), (6, 9, (1, 3))):
+        now = None if pictures is None else given[:, pictures[0] : pictures[1]]
+        out = model(rows[:, start:stop], pixel_values=now, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    assert isinstance(cache, MMGPTCache)
+    assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-4
+
+
+def test_a_cache_is_read_also_where_none_is_asked_for(model, ids, pixels):
+    rows, given = ids("ab#cd")["input_ids"], pixels(1, 1)
+    whole = model(rows, pixel_values=given).logits
+    cache = model(rows[:, :4], pixel_values=given, use_cache=True).past_key_values
+    last = model(rows[:, 4:], past_key_values=cache, use_cache=False).logits
+    assert (last[:, -1] - whole[:, -1]).abs().max() < 1e-4
+
+
+def test_text_goes_on_from_a_cache_in_following_and_a_new_picture_does_not(make_model, ids, pixels):
+    model, given = make_model(media_attention="following"), pixels(1, 2)
+    whole = model(**ids("ab#cd"), pixel_values=given[:, :1]).logits
+    cache = model(**ids("ab#c"), pixel_values=given[:, :1], use_cache=True).past_key_values
+    last = model(ids("d")["input_ids"], past_key_values=cache).logits
+    assert (last[:, -1] - whole[:, -1]).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="following"):
+        model(ids("e#")["input_ids"], pixel_values=given[:, 1:], past_key_values=cache)
+
+
+def test_a_late_first_picture_is_refused_by_a_bare_forward(model, ids, pixels):
+    for before, pictures in (("abc", None), ("abc", pixels(1, 1))):
+        cache = model(**ids(before), pixel_values=pictures, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="first picture"):
+            model(ids("d#")["input_ids"], pixel_values=pixels(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("second", "pictures", "numbers"),
+    [("de#f", 0, ("1", "0")), ("d##f", 1, ("2", "1")), ("defg", 1, ("1", "0")), ("de#f", 2, ("2", "1"))],
+)
+def test_wrong_numbers_of_new_pictures_are_refused(model, ids, pixels, second, pictures, numbers):
+    start, given = ids("ab#c"), pixels(1, pictures) if pictures else None
+    out = model.generate(
+        **start, pixel_values=pixels(1, 1), max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    with pytest.raises(ValueError) as error:
+        greedy(model, turn(start, out.sequences, ids(second)), pixel_values=given, past_key_values=out.past_key_values)
+    assert all(number in str(error.value) for number in numbers)
+    cache = model(**start, pixel_values=pixels(1, 1), use_cache=True).past_key_values
+    with pytest.raises(ValueError):
+        model(ids(second)["input_ids"], pixel_values=given, past_key_values=cache)
+
+
+def test_a_dropped_picture_is_never_used_later(model, ids, pixels):
+    cache = model(**ids("ab#c"), pixel_values=pixels(1, 2), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="Row 0"):
+        model(ids("#d")["input_ids"], past_key_values=cache)
+    cache = model(**ids("ab#c"), pixel_values=pixels(1, 2), use_cache=True).past_key_values
+    ours = model(ids("#d")["input_ids"], pixel_values=pixels(1, 1, seed=3), past_key_values=cache).logits
+    both = torch.cat([pixels(1, 2)[:, :1], pixels(1, 1, seed=3)], dim=1)
+    assert (ours - model(**ids("ab#c#d"), pixel_values=both).logits[:, -2:]).abs().max() < 1e-4
+
+
+# Caches of other kinds
+
+
+def test_a_foreign_cache_with_tokens_is_refused_and_an_empty_one_taken(model, make_lm, ids, pixels):
+    batch = ids("ab#c")
+    foreign = make_lm(model)(**batch, use_cache=True).past_key_values
+    assert isinstance(foreign, DynamicCache)
+    for run in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match="DynamicCache that holds 4 tokens"):
+            run(input_ids=ids("ab#cde")["input_ids"], pixel_values=pixels(1, 1), past_key_values=foreign)
+    expected = greedy(model, batch, pixel_values=pixels(1, 1))
+    assert torch.equal(greedy(model, batch, pixel_values=pixels(1, 1), past_key_values=DynamicCache()), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_static_cache_without_room_is_refused_with_both_lengths(make_model, ids, pixels, family):
+    model = make_model(family)
+    batch, given = ids("ab#cdefghijk"), pixels(1, 1)
+    for run in (model, model.model):
+        with pytest.raises(ValueError, match="(?s)10.*12"):
+            run(**batch, pixel_values=given, past_key_values=StaticCache(model.config.text_config, max_cache_len=10))
+    with pytest.raises(ValueError, match="(?s)14.*15"):
+        greedy(
+            model, batch, pixel_values=given, past_key_values=StaticCache(model.config.text_config, max_cache_len=14)
+        )
+    roomy = StaticCache(model.config.text_config, max_cache_len=32)
+    expected = greedy(model, batch, pixel_values=given)
+    assert torch.equal(greedy(model, batch, pixel_values=given, past_key_values=roomy), expected)
+
+
+# The image token, threads, streams
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}])
+def test_the_image_token_is_generated_only_if_asked_for(model, ids, pixels, how):
+    batch, wished = ids("ab#c"), {"sequence_bias": {(259,): 1000.0}, "pixel_values": pixels(1, 1)}
+    assert 259 not in new_tokens(model, batch, **wished, **how)
+    asked = [
+        new_tokens(model, batch, **wished, **how, suppress_tokens=[], use_cache=u)
+        for u in (True, False)
+        if u or "prompt_lookup_num_tokens" not in how
+    ]
+    assert all((tokens == 259).all() for tokens in asked)
+
+
+def test_a_generated_image_token_stands_for_no_picture(make_model, ids, pixels):
+    for mode in MODES:
+        model = make_model(media_attention=mode)
+        batch, given = ids("ab#c#d"), pixels(1, 2)
+        every_other = {"suppress_tokens": [], "sequence_bias": {(259,): 3.0}, "no_repeat_ngram_size": 2}
+        cached, uncached = (
+            new_tokens(model, batch, pixel_values=given, use_cache=u, **every_other) for u in (True, False)
+        )
+        assert 1 <= (cached == 259).sum() < NEW and torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt"])
+def test_two_threads_may_generate_with_one_model(make_model, ids, pixels, family):
+    model = make_model(family)
+    work = [(ids("ab#cd#ef"), pixels(1, 2)), (ids("abcdef", "_#cdef"), pixels(2, 1, seed=1))]
+    expected = [greedy(model, batch, pixel_values=given) for batch, given in work]
+    found = [[], []]
+
+    def run(number):
+        torch.set_num_threads(1)
+        batch, given = work[number]
+        for _ in range(20):
+            found[number].append(greedy(model, batch, pixel_values=given))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in (0, 1):
+        assert len(found[number]) == 20 and all(torch.equal(tokens, expected[number]) for tokens in found[number])
+
+
+def test_no_layer_keeps_anything_between_calls(make_model, ids, pixels):
+    model = make_model()
+    before = greedy(model, ids("abcd"))
+    greedy(model, ids("ab#c"), pixel_values=pixels(1, 1))
+    assert torch.equal(greedy(model, ids("abcd")), before)
+
+
+def test_a_streamer_yields_the_text(model, processor, ids, pixels):
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    batch = ids("ab#c")
+    tokens = new_tokens(model, batch, pixel_values=pixels(1, 1), streamer=streamer)
+    assert "".join(streamer) == processor.tokenizer.decode(tokens[0])
