@@ -35,6 +35,20 @@ class MMGPTCache(EncoderDecoderCache):
             )
         return cls(cache)
 
+    def check_room(self, num_tokens: int) -> None:
+        """Look whether so many more tokens fit, if the self-attention cache is a static one.
+
+        Raises:
+            ValueError: With both lengths, if they do not.
+        """
+        layers = self.self_attention_cache.layers
+        capacity = max((layer.get_max_length() for layer in layers if not layer.is_sliding), default=-1)
+        if capacity > 0 and (needed := int(self.get_seq_length()) + num_tokens) > capacity:
+            raise ValueError(
+                f"The static cache holds {capacity} tokens, and this call needs {needed}: give `StaticCache` a larger "
+                "`max_cache_len`."
+            )
+
     def image_count(self) -> torch.Tensor | None:
         """Images of each row in the cache, `(B,)`; `None` before the first."""
         return None if self.image_slots is None else self.image_slots.amax(dim=1)

@@ -188,7 +188,12 @@ class MMGPTConfig(PreTrainedConfig):
         self.vision_config = _sub_config(self.vision_config, default=MMGPTVisionConfig.model_type)
         self.text_config = _sub_config(self.text_config, default="llama")
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        chosen = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
         super().__post_init__(**kwargs)
+        # transformers has just set the parts' attention to the whole's, which is none yet; a model in use keeps its own.
+        for name, implementation in chosen.items():
+            if getattr(self, name)._attn_implementation is None:
+                getattr(self, name)._attn_implementation = implementation
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:

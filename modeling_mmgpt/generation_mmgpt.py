@@ -24,12 +24,14 @@ class MMGPTGenerationMixin(GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
     ):
         if kwargs.get("image_index") is None:
-            kwargs.update(self._locate_and_encode(input_ids, **kwargs), pixel_values=None, num_frames=None)
+            found = self._locate_and_encode(input_ids, expand_size, **kwargs)
+            kwargs.update(found, pixel_values=None, num_frames=None)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
     def _locate_and_encode(
         self,
         input_ids: torch.Tensor,
+        expand_size: int,
         pixel_values: torch.Tensor | None = None,
         num_frames: torch.Tensor | None = None,
         past_key_values: MMGPTCache | None = None,
@@ -44,6 +46,8 @@ class MMGPTGenerationMixin(GenerationMixin):
         num_images = 0 if pixel_values is None else pixel_values.shape[1]
         cache = past_key_values if isinstance(past_key_values, MMGPTCache) else None
         past_images = None if cache is None else cache.image_count()
+        if past_images is not None and len(past_images) > len(input_ids):
+            past_images = past_images[::expand_size]  # its owner has repeated the rows of the cache already
         continues = cache is not None and cache.get_seq_length() > 0
         if continues and cache.get_seq_length() >= input_ids.shape[1]:
             raise ValueError(
@@ -58,12 +62,9 @@ class MMGPTGenerationMixin(GenerationMixin):
         image_index = compute_image_index(is_image, mode)
         if pixel_values is None:
             return {"image_index": image_index}
-        real = compute_image_slots(image_index, num_images, past_images) > 0
-        pixel_values = pixel_values.to(self.device)
-        return {
-            "image_index": image_index,
-            "image_latents": self.model.encode_images(pixel_values, num_frames, real.to(self.device)),
-        }
+        slots = compute_image_slots(image_index, num_images, past_images).to(self.device)
+        latents = self.model.encode_images(pixel_values.to(self.device), num_frames, slots)
+        return {"image_index": image_index, "image_latents": latents, "image_slots": slots}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -79,6 +80,7 @@ class MMGPTGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         image_index: torch.Tensor | None = None,
         image_latents: torch.Tensor | None = None,
+        image_slots: torch.Tensor | None = None,
         **kwargs,
     ) -> dict:
         """Prepare the arguments of one forward.
@@ -89,6 +91,7 @@ class MMGPTGenerationMixin(GenerationMixin):
             is_first_iteration: Whether this belongs to the prefill.
             image_index: `(B, T_prompt)`, which image each token of the prompt attends to.
             image_latents: `(B, M, N, D_vision)` of the new pictures.
+            image_slots: `(B, M)`, their numbers in their rows.
             **kwargs: Handed to transformers.
         """
         inputs = super().prepare_inputs_for_generation(
@@ -96,17 +99,17 @@ class MMGPTGenerationMixin(GenerationMixin):
         )
         num_tokens = inputs["input_ids"].shape[1]
         start = input_ids.shape[1] - num_tokens
-        if is_first_iteration and past_key_values is not None:
+        is_new = image_latents is not None
+        if past_key_values is not None and is_first_iteration:
             start = int(past_key_values.get_seq_length())
-            in_cache = past_key_values.image_count()
-            if in_cache is not None and bool((in_cache >= image_index.amax(dim=1)).all()):
-                image_latents = None
+            in_cache = past_key_values.image_count()  # all of them, from the second chunk on
+            is_new = is_new and (in_cache is None or bool((in_cache < image_slots.amax(dim=1)).any()))
         elif past_key_values is not None:
-            image_latents = None  # in the cache since the prefill
+            is_new = False
         image_index = continue_image_index(image_index, start + num_tokens, self.config.media_attention)
         inputs["image_index"] = image_index[:, start : start + num_tokens].contiguous().to(self.device)
-        if image_latents is not None:
-            inputs["image_latents"] = image_latents
+        if is_new:
+            inputs.update(image_latents=image_latents, image_slots=image_slots)
         return inputs
 
     def create_masks_for_generate(self, config, **kwargs):

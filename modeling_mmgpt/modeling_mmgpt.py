@@ -177,6 +177,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         num_frames: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_latents: torch.Tensor | None = None,
+        image_slots: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -190,14 +191,14 @@ class MMGPTModel(MMGPTPreTrainedModel):
         _reject_embeds(kwargs)
         cache = self.open_cache(past_key_values, use_cache, input_ids.shape[1])
         conditioning = self.condition(
-            input_ids, pixel_values, num_frames, image_index, image_latents, cache, output_attentions
+            input_ids, pixel_values, num_frames, image_index, image_latents, image_slots, cache, output_attentions
         )
         outputs = self.decode(
             self.text_model.get_decoder(),
             conditioning,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache and cache.self_attention_cache,
+            past_key_values=None if cache is None else cache.self_attention_cache,
             use_cache=cache is not None,
             output_attentions=output_attentions,
             **kwargs,
@@ -217,17 +218,12 @@ class MMGPTModel(MMGPTPreTrainedModel):
             ValueError: If the cache is a foreign one with tokens in it, or a static one without room.
         """
         if use_cache is None:
-            use_cache = past_key_values is not None or not self.training
-        if not use_cache or (self.training and self.is_activation_checkpointing):
+            use_cache = self.config.text_config.use_cache and not self.training
+        if (past_key_values is None and not use_cache) or (self.training and self.is_activation_checkpointing):
             return None
         cache = MMGPTCache.wrap(past_key_values, self.config)
-        if not torch.compiler.is_compiling() and cache.get_max_length() > 0 and not cache.is_sliding[0]:
-            needed = int(cache.get_seq_length()) + num_tokens
-            if needed > cache.get_max_length():
-                raise ValueError(
-                    f"The static cache holds {cache.get_max_length()} tokens, and this call needs {needed}: give "
-                    "`StaticCache` a larger `max_cache_len`."
-                )
+        if not torch.compiler.is_compiling():
+            cache.check_room(num_tokens)
         return cache
 
     def condition(
@@ -237,6 +233,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         num_frames: torch.LongTensor | None,
         image_index: torch.LongTensor | None,
         image_latents: torch.Tensor | None,
+        image_slots: torch.LongTensor | None,
         cache: MMGPTCache | None,
         output_attentions: bool | None = None,
     ) -> dict:
@@ -252,13 +249,14 @@ class MMGPTModel(MMGPTPreTrainedModel):
             image_index = self.locate_images(input_ids, num_images, cache)
         if pictures is None and past_images is None:
             return {}
-        slots = None if pictures is None else compute_image_slots(image_index, num_images, past_images)
+        if image_slots is None and pictures is not None:
+            image_slots = compute_image_slots(image_index, num_images, past_images)
         if image_latents is None and pixel_values is not None:
-            image_latents = self.encode_images(pixel_values, num_frames, real=slots > 0)
+            image_latents = self.encode_images(pixel_values, num_frames, image_slots)
         if cache is not None:
-            slots = cache.image_slots if slots is None else cache.add_images(slots)
+            image_slots = cache.image_slots if image_slots is None else cache.add_images(image_slots)
         mask = cross_attention_mask(
-            image_index, slots, self.config.resampler["num_latents"], self.config.media_attention
+            image_index, image_slots, self.config.resampler["num_latents"], self.config.media_attention
         )
         return {
             "image_latents": image_latents,
@@ -311,31 +309,38 @@ class MMGPTModel(MMGPTPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         num_frames: torch.LongTensor | None = None,
-        real: torch.Tensor | None = None,
+        image_slots: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """Turn pictures into latents.
 
         Args:
             pixel_values: `(B, M, F, 3, height, width)`, or `(B, M, 3, height, width)` for one frame each.
             num_frames: `(B, M)`, how many of the `F` frames are real; `None` if all are.
-            real: Bool `(B, M)`, the pictures to encode; the others, padding, become zeros. `None` for all.
+            image_slots: `(B, M)`, the number of each picture in its row. Those with 0, padding, are not encoded and
+                become zeros. `None` for 1 to M.
 
         Returns:
             `(B, M, N, D_vision)`.
         """
         if pixel_values.dim() == 5:
             pixel_values = pixel_values[:, :, None]
-        if real is None or torch.compiler.is_compiling() or not bool(real.any()):
-            return self._encode(pixel_values, num_frames)
+        if image_slots is None:
+            image_slots = torch.arange(1, pixel_values.shape[1] + 1, device=pixel_values.device)
+            image_slots = image_slots.expand(len(pixel_values), -1)
+        real = image_slots > 0
+        if torch.compiler.is_compiling() or not bool(real.any()):
+            return self._encode(pixel_values, num_frames, (image_slots - 1).clamp(min=0))
         frames = None if num_frames is None else num_frames[real][None]
-        latents = self._encode(pixel_values[real][None], frames)[0]  # (K, N, D_vision)
+        latents = self._encode(pixel_values[real][None], frames, image_slots[real][None] - 1)[0]  # (K, N, D_vision)
         return latents.new_zeros(*real.shape, *latents.shape[1:]).masked_scatter(real[..., None, None], latents)
 
-    def _encode(self, pixel_values: torch.Tensor, num_frames: torch.LongTensor | None) -> torch.Tensor:
+    def _encode(
+        self, pixel_values: torch.Tensor, num_frames: torch.LongTensor | None, image_numbers: torch.LongTensor
+    ) -> torch.Tensor:
         """`(B, M, F, 3, height, width) -> (B, M, N, D_vision)`."""
         pixels = pixel_values.flatten(0, 2).to(self.resampler.latents.dtype)  # (B*M*F, 3, height, width)
         tokens = patch_tokens(self.vision_tower, pixels)  # (B*M*F, P, D_vision)
-        return self.resampler(tokens.unflatten(0, pixel_values.shape[:3]), num_frames)
+        return self.resampler(tokens.unflatten(0, pixel_values.shape[:3]), num_frames, image_numbers)
 
     def decode(self, language_model: nn.Module, conditioning: dict, **kwargs):
         """Run the LM, or its decoder alone, with `conditioning` at hand for every layer."""
@@ -398,6 +403,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         num_frames: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_latents: torch.Tensor | None = None,
+        image_slots: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -417,6 +423,8 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
             image_index: `(B, T)`, which image each token attends to; by default worked out from `input_ids`, see
                 [`~modeling_mmgpt.compute_image_index`].
             image_latents: `(B, M, N, D_vision)`, pictures that went through [`MMGPTModel.encode_images`] already.
+            image_slots: `(B, M)`, the number of each picture in its row, 0 for none; by default in the order of the
+                `<image>` tokens, see [`~modeling_mmgpt.compute_image_slots`].
             position_ids: `(B, T)`, handed to the LM.
             labels: `(B, T)`, -100 where nothing is to be learnt; the shift is made here.
             past_key_values: The cache of an earlier call. The new tokens' `<image>`s, and no others, need pictures.
@@ -436,7 +444,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         cache = self.model.open_cache(past_key_values, use_cache, input_ids.shape[1])
         conditioning = self.model.condition(
-            input_ids, pixel_values, num_frames, image_index, image_latents, cache, output_attentions
+            input_ids, pixel_values, num_frames, image_index, image_latents, image_slots, cache, output_attentions
         )
         outputs = self.model.decode(
             self.model.text_model,
@@ -444,7 +452,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache and cache.self_attention_cache,
+            past_key_values=None if cache is None else cache.self_attention_cache,
             use_cache=cache is not None,
             output_attentions=output_attentions,
             logits_to_keep=logits_to_keep,
@@ -513,6 +521,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         )
         model = cls(config, tower, text_model).to(text_model.dtype if dtype is None else dtype)
         model.generation_config.update(**text_model.generation_config.to_diff_dict())
+        model.generation_config.pad_token_id = text_model.config.pad_token_id
         return model
 
     def freeze(self, vision: bool = False, resampler: bool = False, text: bool = False) -> None:

@@ -78,12 +78,19 @@ class PerceiverResampler(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: torch.Tensor, num_frames: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        num_frames: torch.Tensor | None = None,
+        image_numbers: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Resample.
 
         Args:
             tokens: Patch tokens `(B, M, F, P, D)`.
             num_frames: `(B, M)`, how many of the `F` frames are real; `None` if all are.
+            image_numbers: `(B, M)`, the place of each image in its row, from 0, for a model with embeddings of it;
+                `None` for 0 to M - 1.
 
         Returns:
             Latents `(B, M, N, D)`.
@@ -96,8 +103,10 @@ class PerceiverResampler(nn.Module):
             _check_room("frames", F, self.frame_embs)
             tokens = tokens + self.frame_embs[:F, None]  # (F, 1, D)
         if self.media_time_embs is not None:
-            _check_room("images", M, self.media_time_embs)
-            tokens = tokens + self.media_time_embs[:M, None]  # (M, 1, 1, D)
+            if image_numbers is None:
+                image_numbers = torch.arange(M, device=tokens.device).expand(B, -1)
+            _check_room("images", int(image_numbers.max()) + 1, self.media_time_embs)
+            tokens = tokens + self.media_time_embs[image_numbers][:, :, None]  # (B, M, 1, 1, D)
         tokens = tokens.reshape(B * M, F * P, D)
         latents = self.latents.to(tokens.dtype).expand(B * M, -1, -1)  # (B*M, N, D)
         mask = None if num_frames is None else self._real_frames(num_frames, F, P)

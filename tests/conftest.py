@@ -50,8 +50,8 @@ def _weights(module, seed):
     """Random weights far larger than a fresh model's, so that what is fed in shows in what comes out."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1 or name.endswith("class_embedding"):
                 parameter.normal_(std=1.6 * parameter[0].numel() ** -0.5, generator=generator)
             elif parameter.dim() == 1 and parameter.numel() > 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)

@@ -57,8 +57,10 @@ def test_cached_equals_uncached(make_model, ids, pixels, mode, strategy):
     assert not torch.equal(cached, greedy(model, batch, pixel_values=pixels(3, 2, seed=1), **STRATEGIES[strategy]))
 
 
-def test_greedy_is_the_best_token_of_a_full_forward_each_time(model, ids, pixels):
-    batch, given = ids("ab#cd#ef"), pixels(1, 2)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("row", ["ab#cd#ef", "abcde##", "abcdef"])
+def test_greedy_is_the_best_token_of_a_full_forward_each_time(make_model, ids, pixels, mode, row):
+    model, batch, given = make_model(media_attention=mode), ids(row), pixels(1, 2)
     expected = batch["input_ids"]
     for _ in range(NEW):
         logits = model(expected, pixel_values=given, use_cache=False).logits[:, -1]
