@@ -6,7 +6,8 @@ import peft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_mmgpt import MMGPTForConditionalGeneration, decoder_layers
+from .conditioning_mmgpt import decoder_layers
+from .modeling_mmgpt import MMGPTForConditionalGeneration
 
 
 GATED_BLOCK_TARGETS = ("attn.to_q", "attn.to_kv", "attn.to_out", "ff.1", "ff.3")

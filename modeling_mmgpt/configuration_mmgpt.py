@@ -190,7 +190,7 @@ class MMGPTConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         chosen = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
         super().__post_init__(**kwargs)
-        # transformers has just set the parts' attention to the whole's, which is none yet; a model in use keeps its own.
+        # transformers has just set the parts' attention to that of the whole, none yet: a model in use keeps its own.
         for name, implementation in chosen.items():
             if getattr(self, name)._attn_implementation is None:
                 getattr(self, name)._attn_implementation = implementation

@@ -212,7 +212,7 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
         """
         attended, weights = self.attn(hidden_states, image_latents, mask, cache)
         if cross_attentions is not None:
-            cross_attentions.append(weights)
+            cross_attentions.append(weights.where((index > 0)[:, None, :, None], 0))
         attended = attended.where((index > 0)[..., None], 0)  # (B, T, D)
         conditioned = hidden_states + self.attn_gate.tanh().to(attended.dtype) * attended
         conditioned = conditioned + self.ff_gate.tanh().to(attended.dtype) * self.ff(conditioned)

@@ -42,7 +42,7 @@ class MMGPTGenerationMixin(GenerationMixin):
         Empties the self-attention cache, and keeps the images, where a new picture changes what cached tokens became.
         """
         mode = self.config.media_attention
-        is_image = input_ids == self.config.image_token_id  # (B, T)
+        is_image = self.model.find_image_tokens(input_ids)  # (B, T)
         num_images = 0 if pixel_values is None else pixel_values.shape[1]
         cache = past_key_values if isinstance(past_key_values, MMGPTCache) else None
         past_images = None if cache is None else cache.image_count()

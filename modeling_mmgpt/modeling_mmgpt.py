@@ -5,8 +5,6 @@ Flamingo: https://arxiv.org/abs/2204.14198. MultiModal-GPT: https://arxiv.org/ab
 Letters: `B` rows, `T` text tokens, `M` images in a row, `F` frames of an image, `P` patches, `N` latents, `D` width.
 """
 
-from contextvars import ContextVar
-
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
@@ -18,6 +16,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple, logging
 
 from .cache_mmgpt import MMGPTCache
+from .conditioning_mmgpt import add_gated_blocks, decode
 from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
 from .cross_attention_mmgpt import (
     MMGPTGatedCrossAttentionBlock,
@@ -32,63 +31,6 @@ from .vision_mmgpt import build_vision_tower, load_vision_tower, patch_tokens
 
 
 logger = logging.get_logger(__name__)
-
-# Six LM families accept keyword arguments and hand none of them to their layers; theirs come by this way.
-SWALLOW_KEYWORDS = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")
-_conditioning: ContextVar[dict | None] = ContextVar("conditioning", default=None)
-
-
-class ConditionedDecoderLayer(nn.Module):
-    """A decoder layer of the LM, with a gated block before it where the config asks for one.
-
-    A plain module, so that block and layer are checkpointed each on its own.
-
-    Args:
-        decoder_layer: The LM's own layer.
-        gated_cross_attn_layer: The block before it, or `None`.
-    """
-
-    def __init__(self, decoder_layer: nn.Module, gated_cross_attn_layer: MMGPTGatedCrossAttentionBlock | None):
-        super().__init__()
-        self.decoder_layer = decoder_layer
-        self.gated_cross_attn_layer = gated_cross_attn_layer
-
-    def forward(self, hidden_states: torch.Tensor, *args, conditioning: dict | None = None, **kwargs):
-        """Run block and layer; `conditioning` comes from [`MMGPTModel.condition`], the rest is the layer's own."""
-        if conditioning is None and not torch.compiler.is_compiling():
-            conditioning = _conditioning.get()
-        if conditioning and self.gated_cross_attn_layer is not None:
-            hidden_states = self.gated_cross_attn_layer(hidden_states, *conditioning.values())
-        return self.decoder_layer(hidden_states, *args, **kwargs)
-
-
-def decoder_layers(text_model: PreTrainedModel) -> tuple[nn.Module, str]:
-    """Find the decoder layers of a causal LM: the module that holds them, and their name in it.
-
-    Raises:
-        ValueError: If the LM keeps its layers under none of the names `layers`, `h`, `blocks`.
-    """
-    decoder = text_model.get_decoder()
-    for name in ("layers", "h", "blocks"):
-        if isinstance(getattr(decoder, name, None), nn.ModuleList):
-            return decoder, name
-    raise ValueError(
-        f"{type(text_model).__name__} keeps its decoder layers under none of `layers`, `h`, `blocks` of its decoder "
-        f"{type(decoder).__name__}: it cannot be conditioned on images."
-    )
-
-
-def add_gated_blocks(text_model: PreTrainedModel, config: MMGPTConfig) -> PreTrainedModel:
-    """Put a gated block before every n-th decoder layer of `text_model`, in place, and return it."""
-    decoder, name = decoder_layers(text_model)
-    every = config.cross_attn_every_n_layers
-    layers = nn.ModuleList()
-    for number, layer in enumerate(getattr(decoder, name), start=1):
-        has_block = number % every == 0
-        block = MMGPTGatedCrossAttentionBlock(config, layer_idx=number // every - 1) if has_block else None
-        layers.append(ConditionedDecoderLayer(layer, block))
-    setattr(decoder, name, layers)
-    return text_model
 
 
 class MMGPTPreTrainedModel(PreTrainedModel):
@@ -193,7 +135,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         conditioning = self.condition(
             input_ids, pixel_values, num_frames, image_index, image_latents, image_slots, cache, output_attentions
         )
-        outputs = self.decode(
+        outputs = decode(
             self.text_model.get_decoder(),
             conditioning,
             input_ids=input_ids,
@@ -283,7 +225,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
             ValueError: If a row holds more `<image>` tokens than pictures, or if a picture cannot be added to what
                 is cached without computing it anew.
         """
-        is_image = input_ids == self.config.image_token_id
+        is_image = self.find_image_tokens(input_ids)
         continues = cache is not None and cache.get_seq_length() > 0
         past_images = cache.image_count() if continues else None
         if not torch.compiler.is_compiling():
@@ -297,6 +239,16 @@ class MMGPTModel(MMGPTPreTrainedModel):
                     "cache, or let `generate()` do it."
                 )
         return compute_image_index(is_image, self.config.media_attention, past_images)
+
+    def find_image_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """True at the `<image>` tokens, `(B, T)`.
+
+        Raises:
+            ValueError: If the config does not say which id that is.
+        """
+        if self.config.image_token_id is None:
+            raise ValueError("`config.image_token_id` is not set: it is the id of <image> in the tokenizer.")
+        return input_ids == self.config.image_token_id
 
     def must_recompute(self, new_images: torch.Tensor, past_images: torch.Tensor | None) -> bool:
         """Whether `new_images` `(B,)` after a cache of `past_images` `(B,)` change what the cached tokens became."""
@@ -341,19 +293,6 @@ class MMGPTModel(MMGPTPreTrainedModel):
         pixels = pixel_values.flatten(0, 2).to(self.resampler.latents.dtype)  # (B*M*F, 3, height, width)
         tokens = patch_tokens(self.vision_tower, pixels)  # (B*M*F, P, D_vision)
         return self.resampler(tokens.unflatten(0, pixel_values.shape[:3]), num_frames, image_numbers)
-
-    def decode(self, language_model: nn.Module, conditioning: dict, **kwargs):
-        """Run the LM, or its decoder alone, with `conditioning` at hand for every layer."""
-        kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        if not conditioning:
-            return language_model(**kwargs)
-        if self.config.text_config.model_type not in SWALLOW_KEYWORDS:
-            return language_model(conditioning=conditioning, **kwargs)
-        token = _conditioning.set(conditioning)
-        try:
-            return language_model(**kwargs)
-        finally:
-            _conditioning.reset(token)
 
 
 class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
@@ -446,7 +385,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         conditioning = self.model.condition(
             input_ids, pixel_values, num_frames, image_index, image_latents, image_slots, cache, output_attentions
         )
-        outputs = self.model.decode(
+        outputs = decode(
             self.model.text_model,
             conditioning,
             input_ids=input_ids,

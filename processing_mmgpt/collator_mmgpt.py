@@ -83,7 +83,7 @@ class MMGPTCollator:
                     f"Its first exchange alone has {len(row['input_ids'])} tokens, and max_length is "
                     f"{self.max_length}: nothing is left to learn from."
                 )
-            images = images and images[: list(image_parts(messages)).count(None)]
+            images = images and images[: sum(source is None for source in image_parts(messages))]
 
 
 def without_last_exchange(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,13 +8,16 @@ from typing import Any
 CONTENT_TYPES = {"system": ("text",), "user": ("image", "text", "input"), "assistant": ("text",)}
 IMAGE_SOURCES = ("image", "url", "path", "base64")
 
-# Where a control token stands literally in somebody's text, rendering carries a character of this private plane
-# instead: neither the template nor the tokenizer can take it for control.
-PRIVATE_USE = 0xF0000
+# Where a control token stands literally in somebody's text, rendering carries this private character and one more that
+# numbers the token: neither the template nor the tokenizer can take them for control.
+HIDDEN = "\U000f0000"
 
 
 def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Check messages and bring them into one form: every content a list of parts without empty fields.
+    """Check messages and bring them into one form.
+
+    Every content becomes a list: its images, then at most one text, then at most one input. Texts of one message are
+    joined, by line breaks in a user's turn; so nothing can be spelt across two parts that is not seen in one.
 
     Args:
         messages: Chat messages of transformers; a string content is one text part. `datasets` pads the parts of a
@@ -49,8 +52,17 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             raise ValueError(
                 f"Message {number} has the content {content!r}; it has to be a string or a list of parts."
             )
-        result.append({"role": role, "content": [_part(part, role, number) for part in content]})
+        parts = [_part(part, role, number) for part in content]
+        images = [part for part in parts if part["type"] == "image"]
+        separator = "\n" if role == "user" else ""
+        texts = [_joined(kind, parts, separator) for kind in ("text", "input")]
+        result.append({"role": role, "content": [*images, *filter(None, texts)]})
     return result
+
+
+def _joined(kind: str, parts: list[dict[str, Any]], separator: str) -> dict[str, str] | None:
+    texts = [part["text"] for part in parts if part["type"] == kind]
+    return {"type": kind, "text": separator.join(texts)} if texts else None
 
 
 def _part(part: Any, role: str, number: int) -> dict[str, Any]:
@@ -72,7 +84,8 @@ def image_parts(messages: list[dict[str, Any]]) -> Iterator[Any]:
     for message in messages:
         for part in message["content"]:
             if part["type"] == "image":
-                yield next((part[key] for key in IMAGE_SOURCES if key in part), None)
+                key = next((key for key in IMAGE_SOURCES if key in part), None)
+                yield f"data:;base64,{part[key]}" if key == "base64" else part.get(key)
 
 
 def fill_images(messages: list[dict[str, Any]], images: list | None) -> list:
@@ -83,7 +96,7 @@ def fill_images(messages: list[dict[str, Any]], images: list | None) -> list:
     """
     sources = list(image_parts(messages))
     given = list(images) if images is not None else []
-    places = sources.count(None)
+    places = sum(source is None for source in sources)
     if places != len(given):
         raise ValueError(
             f"The messages mark the place of {places} images without a source, and {len(given)} images were given."
@@ -93,11 +106,12 @@ def fill_images(messages: list[dict[str, Any]], images: list | None) -> list:
 
 
 def hide_control_tokens(messages: list[dict[str, Any]], tokens: list[str]) -> list[dict[str, Any]]:
-    """Replace each control token that stands literally in a text by the private character of its number."""
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+    """Replace each control token that stands literally in a text by two private characters."""
+    hidden = [HIDDEN, *tokens]
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(hidden, key=len, reverse=True)))
 
     def hide(text: str) -> str:
-        return pattern.sub(lambda match: chr(PRIVATE_USE + tokens.index(match.group())), text)
+        return pattern.sub(lambda match: HIDDEN + chr(ord(HIDDEN) + hidden.index(match.group())), text)
 
     return [
         {
@@ -110,10 +124,15 @@ def hide_control_tokens(messages: list[dict[str, Any]], tokens: list[str]) -> li
     ]
 
 
-def split_hidden(rendered: str, tokens: list[str]) -> Iterator[tuple[str, bool]]:
-    """Split a rendered text into pieces, and say of each whether it is a control token that has to stay text."""
-    for piece in re.split(f"([{chr(PRIVATE_USE)}-{chr(PRIVATE_USE + len(tokens) - 1)}])", rendered):
-        if len(piece) == 1 and PRIVATE_USE <= ord(piece) < PRIVATE_USE + len(tokens):
-            yield tokens[ord(piece) - PRIVATE_USE], True
+def split_hidden(rendered: str, tokens: list[str]) -> Iterator[tuple[str, int, bool]]:
+    """Split a rendered text into pieces.
+
+    Yields:
+        Each piece as it is meant, its length in `rendered`, and whether it is a control token that has to stay text.
+    """
+    hidden = [HIDDEN, *tokens]
+    for number, piece in enumerate(re.split(f"{HIDDEN}(.)", rendered, flags=re.DOTALL)):
+        if number % 2:
+            yield hidden[ord(piece) - ord(HIDDEN)], 2, True
         elif piece:
-            yield piece, False
+            yield piece, len(piece), False

@@ -34,7 +34,7 @@ def open_picture(source: Image.Image | np.ndarray | str | os.PathLike | bytes) -
         return _decode(io.BytesIO(source), "picture bytes")
     if isinstance(source, str) and source.startswith("data:"):
         return _decode(io.BytesIO(_data_url(source)), "data URL")
-    if isinstance(source, str) and source.split("://")[0] in ("http", "https", "ftp", "file"):
+    if isinstance(source, str) and source.startswith(("http://", "https://", "ftp://", "file://")):
         raise ValueError(f"Pictures are not fetched from {source!r}: load it yourself and give the picture or a path.")
     if isinstance(source, str | os.PathLike):
         with Path(source).open("rb") as file:
@@ -45,16 +45,15 @@ def open_picture(source: Image.Image | np.ndarray | str | os.PathLike | bytes) -
 def _decode(file, name: str) -> Image.Image:
     try:
         picture = Image.open(file)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(
+                f"{picture.width} x {picture.height} pixels are more than the {MAX_PIXELS:,} that are read"
+            )
+        picture.load()
     except UnidentifiedImageError:
         raise ValueError(f"{name} is no picture of a format we can read.") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error}") from None
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{name} has {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} are read.")
-    try:
-        picture.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged data, by format
-        raise ValueError(f"{name} is damaged or cut short: {error}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, by format
+        raise ValueError(f"{name} cannot be read as a picture, it may be damaged or cut short: {error}.") from None
     return picture
 
 

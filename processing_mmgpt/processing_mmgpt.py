@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -62,10 +63,10 @@ class MMGPTProcessor(ProcessorMixin):
             vision: As for the model; read only without `vision_config`, as the folder or id of a vision model.
             text: Folder or Hub id of the LM, for its tokenizer.
             vision_config: An open_clip model name or model config, for the size of the pictures.
-            **kwargs: Arguments of [`MMGPTImageProcessor`], such as another `size`, mean and deviation.
+            **kwargs: Arguments of [`MMGPTImageProcessor`], such as another `size`, mean and deviation; by default
+                those of the tower, where a folder of transformers says them, and else CLIP's.
         """
-        if "size" not in kwargs:
-            kwargs["size"] = _picture_size(vision, vision_config)
+        kwargs = {**_picture_format(vision, vision_config), **kwargs}
         tokenizer = AutoTokenizer.from_pretrained(text)
         tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK_TOKEN, IMAGE_TOKEN]})
         if tokenizer.pad_token is None:
@@ -105,14 +106,19 @@ class MMGPTProcessor(ProcessorMixin):
         Raises:
             ValueError: If a text has another number of `<image>`s than pictures, with the row and both numbers.
         """
+        if text is None:
+            raise ValueError("The processor needs a text; pictures alone go to its `image_processor`.")
         texts = [text] if isinstance(text, str) else list(text)
-        starts_with_bos = self.tokenizer.bos_token and texts and texts[0].startswith(self.tokenizer.bos_token)
-        encoded = self.tokenizer(
-            texts, add_special_tokens=add_special_tokens and not starts_with_bos, return_token_type_ids=False, **kwargs
-        )
-        return self.batch(
-            encoded["input_ids"], self._share_out(encoded["input_ids"], images), padding, padding_side, return_tensors
-        )
+        bos = self.tokenizer.bos_token
+        input_ids = [
+            self.tokenizer(row, add_special_tokens=add_special_tokens and not (bos and row.startswith(bos)), **kwargs)[
+                "input_ids"
+            ]
+            for row in texts
+        ]
+        pictures = self._share_out(input_ids, images)
+        max_length = kwargs.get("max_length")
+        return self.batch(input_ids, pictures, padding, padding_side, return_tensors, max_length=max_length)
 
     def encode_chat(
         self,
@@ -148,7 +154,7 @@ class MMGPTProcessor(ProcessorMixin):
             messages, add_generation_prompt, chat_template, continue_final_message, template_kwargs
         )
         ids, mask, offset = [], [], 0
-        for piece, stays_text in split_hidden(rendered, self._control_tokens):
+        for piece, length, stays_text in split_hidden(rendered, self._control_tokens):
             encoded = self.tokenizer(
                 piece, add_special_tokens=False, split_special_tokens=stays_text, return_offsets_mapping=True
             )
@@ -156,7 +162,7 @@ class MMGPTProcessor(ProcessorMixin):
                 at = offset if stays_text else offset + start
                 ids.append(token)
                 mask.append(int(any(begin <= at < end for begin, end in spans)))
-            offset += 1 if stays_text else len(piece)
+            offset += length
         return {"input_ids": ids, "assistant_masks": mask, "images": pictures}
 
     def apply_chat_template(
@@ -207,13 +213,15 @@ class MMGPTProcessor(ProcessorMixin):
         options = (add_generation_prompt, chat_template, continue_final_message)
         if not tokenize:
             texts = [self._render(normalise(messages), *options, template_kwargs)[0] for messages in conversations]
-            texts = ["".join(piece for piece, _ in split_hidden(text, self._control_tokens)) for text in texts]
+            texts = ["".join(piece for piece, *_ in split_hidden(text, self._control_tokens)) for text in texts]
             return texts if is_batch else texts[0]
         pictures = images if is_batch and images is not None else [images] * len(conversations)
-        rows = [
-            self.encode_chat(messages, given, *options, **template_kwargs)
-            for messages, given in zip(conversations, pictures, strict=True)
-        ]
+        rows = []
+        for number, (messages, given) in enumerate(zip(conversations, pictures, strict=True)):
+            try:
+                rows.append(self.encode_chat(messages, given, *options, **template_kwargs))
+            except ValueError as error:
+                raise ValueError(f"Row {number}: {error}" if is_batch else str(error)) from error
         batch = self.batch(
             [row["input_ids"] for row in rows], [row["images"] for row in rows], padding, side, return_tensors
         )
@@ -275,7 +283,10 @@ class MMGPTProcessor(ProcessorMixin):
         for row, pictures in enumerate(frames):
             for column, picture in enumerate(pictures):
                 for number, frame in enumerate(picture):
-                    pixel_values[row, column, number] = self.image_processor.pixels(frame)
+                    try:
+                        pixel_values[row, column, number] = self.image_processor.pixels(frame)
+                    except ValueError as error:
+                        raise ValueError(f"Row {row}: {error}") from error
         if is_video:
             return {"pixel_values": pixel_values, "num_frames": num_frames}
         return {"pixel_values": pixel_values[:, :, 0]}
@@ -328,14 +339,20 @@ def pad_rows(rows: list[list[int]], value: int, side: str, width: int) -> list[l
     return [row + [value] * (width - len(row)) for row in rows]
 
 
-def _picture_size(vision: Any, vision_config: str | dict | None) -> int:
+def _picture_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:
+    """Size, and where it is known mean and deviation, of the pictures that a tower was trained on."""
     if vision_config is None:
         full = AutoConfig.from_pretrained(vision)
-        return getattr(full, "vision_config", full).image_size
+        size = {"size": getattr(full, "vision_config", full).image_size}
+        try:
+            own, _ = BaseImageProcessor.get_image_processor_dict(vision)
+        except OSError:  # a tower saved without an image processor
+            return size
+        return {**size, "image_mean": own["image_mean"], "image_std": own["image_std"]}
     if isinstance(vision_config, str):
         try:
             import open_clip
         except ImportError as error:
             raise ImportError("Reading an open_clip model name needs `pip install open_clip_torch`.") from error
         vision_config = open_clip.get_model_config(vision_config)
-    return vision_config.get("vision_cfg", vision_config)["image_size"]
+    return {"size": vision_config.get("vision_cfg", vision_config)["image_size"]}

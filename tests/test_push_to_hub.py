@@ -26,7 +26,8 @@ from PIL import Image
 from transformers import {auto}, AutoProcessor
 model = {auto}.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-messages = [{{"role": "user", "content": [{{"type": "image", "path": sys.argv[2]}}, {{"type": "text", "text": "Where?"}}]}}]
+content = [{{"type": "image", "path": sys.argv[2]}}, {{"type": "text", "text": "Where?"}}]
+messages = [{{"role": "user", "content": content}}]
 inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
 print("IDS", model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist())
 """

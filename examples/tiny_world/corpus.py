@@ -14,7 +14,7 @@ from .dialogue import article
 from .digits import sample_digit
 from .language import CATEGORY, draw_difference, draw_digits, draw_summands, draw_words, joined
 from .look_ups import OBJECT_KINDS, TEXT_KINDS, look_up
-from .scenes import COLOURS, SEEN_PAIRS, SHAPES, Scene, render, sample_scene, sample_text_scene
+from .scenes import COLOURS, SEEN_PAIRS, SHAPES, Scene, describe, render, sample_scene, sample_text_scene
 
 
 IMAGE, END_OF_CHUNK = "<image>", "<|endofchunk|>"
@@ -32,7 +32,6 @@ LEADERS, LONGEST_LEADER = 0.5, 9  # how many of the entries have dots before the
 SHARES = {"yes_no": 3, "position": 2}  # look-ups of these kinds, the last to be learned, to one of each other kind
 
 CAPTIONS = {
-    "object": "{0.size} {0.colour} {0.shape} at {0.position}",
     "text": "{0.colour} text: {0.characters}",
     "digit": "digit: {}",
 }
@@ -93,8 +92,7 @@ def _object_caption(rng: random.Random, scene: Scene) -> list[Piece]:
     """All objects, in reading order where the caption says so, and else in any."""
     in_order = rng.random() < 0.5
     objects = scene.objects if in_order else rng.sample(scene.objects, len(scene.objects))
-    caption = ", ".join(CAPTIONS["object"].format(o) for o in objects)
-    return [(IN_ORDER, False), (f" {caption}", True)] if in_order else [(caption, True)]
+    return [(IN_ORDER, False), (f" {describe(objects)}", True)] if in_order else [(describe(objects), True)]
 
 
 def dense_caption(rng: random.Random, shows: str = "objects") -> Document:

@@ -25,11 +25,11 @@ MIXTURE = {
     "second_turn": 7.0,
     "two_pictures": 3.5,
     "three_turns": 4.0,
-    "sums": 9.0,
-    "differences": 10.0,
+    "sums": 11.0,
+    "differences": 9.5,
     "sorting": 5.0,
-    "copying": 5.0,
-    "facts": 6.0,
+    "copying": 4.5,
+    "facts": 5.0,
 }
 
 

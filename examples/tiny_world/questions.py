@@ -12,7 +12,7 @@ from PIL import Image
 from .dialogue import Example, Turn, article, dialogue
 from .digits import sample_digit
 from .look_ups import OBJECT_KINDS, TEXT_KINDS, LookUp, look_up, named_look_up, objects_named_alone
-from .scenes import UNSEEN_PAIRS, Pair, Scene, render, sample_scene, sample_text_scene
+from .scenes import UNSEEN_PAIRS, Pair, Scene, describe, render, sample_scene, sample_text_scene
 
 
 WORDINGS = {
@@ -41,14 +41,6 @@ WORDINGS = {
     "caption": ("Describe the picture.", "What does the picture show?"),
     "digits": ("Which digit is this?", "What digit does the picture show?", "Read the digit."),
 }
-CAPTION = "a {0.size} {0.colour} {0.shape} at the {0.position}"
-CAPTION_JOIN, CAPTION_LAST_JOIN = ", ", " and "
-
-
-def describe(scene: Scene) -> str:
-    """The caption of a scene of objects, in reading order."""
-    *first, last = (CAPTION.format(o) for o in scene.objects)
-    return CAPTION_LAST_JOIN.join([CAPTION_JOIN.join(first), last] if first else [last])
 
 
 def _turn(rng: random.Random, found: LookUp, *images: Image.Image) -> Turn:
@@ -116,7 +108,7 @@ def three_turns(rng: random.Random, split: str = "train") -> Example:
 def caption(rng: random.Random, split: str = "train") -> Example:
     """All objects of the picture, in reading order."""
     scene = sample_scene(rng)
-    return dialogue("caption", [Turn(rng.choice(WORDINGS["caption"]), describe(scene), [render(scene)])])
+    return dialogue("caption", [Turn(rng.choice(WORDINGS["caption"]), describe(scene.objects), [render(scene)])])
 
 
 def digits(rng: random.Random, split: str = "train") -> Example:

@@ -45,6 +45,8 @@ PITCH = 15
 BACKGROUND = (8, 40)  # darkest and brightest level of a background channel
 NOISE = 6.0  # standard deviation, in levels of 0..255
 
+DESCRIPTION = "{0.size} {0.colour} {0.shape} at {0.position}"
+
 Pair = tuple[str, str]
 
 
@@ -135,6 +137,11 @@ def _background(rng: random.Random) -> tuple[int, int, int]:
     level = rng.randint(*BACKGROUND)
     red, green, blue = (level + rng.randint(-6, 6) for _ in range(3))
     return red, green, blue
+
+
+def describe(objects: Sequence["Object"]) -> str:
+    """The objects in words, in the order in which they are given."""
+    return ", ".join(DESCRIPTION.format(o) for o in objects)
 
 
 def sample_scene(rng: random.Random, *, count: int | None = None, pairs: Sequence[Pair] = ()) -> Scene:

@@ -8,34 +8,37 @@ are never merged. What is no word of the world falls apart into characters, and 
 import re
 import string
 from collections.abc import Iterator
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+import processing_mmgpt
 
 from . import corpus, language, questions, scenes
 
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 SPACE = "▁"
-TEMPLATE_WORDS = (
-    "Below is an instruction that describes a task Write a response that appropriately completes the request "
-    "Image Instruction Input Response"
-)
+
+
+def _template() -> str:
+    """What the chat template writes around the messages."""
+    blank = [{"type": "text", "text": ""}, {"type": "input", "text": ""}]
+    messages = [{"role": "user", "content": [{"type": "image"}, *blank]}, {"role": "assistant", "content": blank[:1]}]
+    path = Path(processing_mmgpt.__file__).with_name("chat_template_mmgpt.jinja")
+    (rendered,), _ = render_jinja_template([messages], chat_template=path.read_text(encoding="utf-8"), eos_token="")
+    return rendered.replace("<image>", "")
 
 
 def _phrases() -> Iterator[str]:
     """All that the generators write, with the fields of format strings left open."""
-    yield TEMPLATE_WORDS
+    yield _template()
     for wordings in (questions.WORDINGS, language.WORDINGS, corpus.KEYS, corpus.TEXT_KEYS):
         for phrases in wordings.values():
             yield from phrases
-    yield from (
-        *corpus.CAPTIONS.values(),
-        questions.CAPTION,
-        questions.CAPTION_LAST_JOIN,
-        corpus.LABELLED,
-        corpus.STATEMENT,
-    )
+    yield from (*corpus.CAPTIONS.values(), scenes.DESCRIPTION, corpus.IN_ORDER, corpus.LABELLED, corpus.STATEMENT)
     for names in (scenes.COLOURS, scenes.SHAPES, scenes.SIZES, scenes.CELLS, language.CATEGORY, language.NOUNS):
         yield from names
     yield from (*corpus.PSEUDO_WORDS, "a", "an", "yes", "no")

@@ -1,0 +1,87 @@
+"""Between the layers of the LM: a gated block before every n-th, and the way its arguments take through the LM."""
+
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .cross_attention_mmgpt import MMGPTGatedCrossAttentionBlock
+
+
+# Six LM families accept keyword arguments and hand none of them to their layers; theirs come by this way.
+SWALLOW_KEYWORDS = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")
+_conditioning: ContextVar[dict | None] = ContextVar("conditioning", default=None)
+
+
+class ConditionedDecoderLayer(nn.Module):
+    """A decoder layer of the LM, with a gated block before it where the config asks for one.
+
+    A plain module, so that block and layer are checkpointed each on its own.
+
+    Args:
+        decoder_layer: The LM's own layer.
+        gated_cross_attn_layer: The block before it, or `None`.
+    """
+
+    def __init__(self, decoder_layer: nn.Module, gated_cross_attn_layer: MMGPTGatedCrossAttentionBlock | None):
+        super().__init__()
+        self.decoder_layer = decoder_layer
+        self.gated_cross_attn_layer = gated_cross_attn_layer
+
+    def forward(self, hidden_states: torch.Tensor, *args, conditioning: dict | None = None, **kwargs):
+        """Run block and layer; `conditioning` comes from [`MMGPTModel.condition`], the rest is the layer's own."""
+        if conditioning is None and not torch.compiler.is_compiling():
+            conditioning = _conditioning.get()
+        if conditioning and self.gated_cross_attn_layer is not None:
+            hidden_states = self.gated_cross_attn_layer(hidden_states, *conditioning.values())
+        return self.decoder_layer(hidden_states, *args, **kwargs)
+
+
+def decoder_layers(text_model: PreTrainedModel) -> tuple[nn.Module, str]:
+    """Find the decoder layers of a causal LM: the module that holds them, and their name in it.
+
+    Raises:
+        ValueError: If the LM keeps its layers under none of the names `layers`, `h`, `blocks`.
+    """
+    decoder = text_model.get_decoder()
+    for name in ("layers", "h", "blocks"):
+        if isinstance(getattr(decoder, name, None), nn.ModuleList):
+            return decoder, name
+    raise ValueError(
+        f"{type(text_model).__name__} keeps its decoder layers under none of `layers`, `h`, `blocks` of its decoder "
+        f"{type(decoder).__name__}: it cannot be conditioned on images."
+    )
+
+
+def add_gated_blocks(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """Put a gated block before every n-th decoder layer of `text_model`, in place, and return it."""
+    decoder, name = decoder_layers(text_model)
+    every = config.cross_attn_every_n_layers
+    layers = nn.ModuleList()
+    for number, layer in enumerate(getattr(decoder, name), start=1):
+        has_block = number % every == 0
+        block = MMGPTGatedCrossAttentionBlock(config, layer_idx=number // every - 1) if has_block else None
+        layers.append(ConditionedDecoderLayer(layer, block))
+    setattr(decoder, name, layers)
+    return text_model
+
+
+def decode(language_model: nn.Module, conditioning: dict, **kwargs):
+    """Run an LM, or its decoder alone, with `conditioning` at hand for every layer.
+
+    Args:
+        language_model: The LM, whose layers are [`ConditionedDecoderLayer`]s.
+        conditioning: From [`MMGPTModel.condition`]; empty to run the bare LM.
+        **kwargs: The LM's own arguments; those that are `None` are left out.
+    """
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if not conditioning:
+        return language_model(**kwargs)
+    if language_model.config.model_type not in SWALLOW_KEYWORDS:
+        return language_model(conditioning=conditioning, **kwargs)
+    token = _conditioning.set(conditioning)
+    try:
+        return language_model(**kwargs)
+    finally:
+        _conditioning.reset(token)
