@@ -233,6 +233,49 @@ class MMGPTProcessor(ProcessorMixin):
                 batch["assistant_masks"] = torch.tensor(batch["assistant_masks"])
         return batch if return_dict else batch["input_ids"]
 
+    def continue_chat(
+        self,
+        sequences: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        conversations: list[list[dict[str, Any]]],
+        images: list[list] | None = None,
+    ) -> BatchFeature:
+        """Put a new turn behind what `generate` returned, for a `generate` that goes on from its cache.
+
+        The old ids are taken as they are: rendered anew, they might differ from those in the cache.
+
+        Args:
+            sequences: `(B, T)`, the ids of prompt and reply.
+            attention_mask: `(B, T_prompt)`, the mask of the prompt.
+            conversations: For each row, the messages of the new turn alone.
+            images: For each row, pictures for its image parts without a source, in order.
+
+        Returns:
+            `input_ids` and `attention_mask` `(B, T + T_new)`, and the `pixel_values` of the new pictures.
+        """
+        images = [None] * len(conversations) if images is None else images
+        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        reply = sequences[:, attention_mask.shape[1] :]
+        is_end = (reply == end).cumsum(dim=1)  # (B, T_reply)
+        reply_mask = (is_end - (reply == end).long() == 0).long()  # up to the end token, without the padding behind
+        rows, pictures = [], []
+        for ended, messages, given in zip(is_end[:, -1].tolist(), conversations, images, strict=True):
+            # An empty system message leaves out the preamble.
+            turn = self.encode_chat([{"role": "system", "content": ""}, *messages], given, add_generation_prompt=True)
+            ids = turn["input_ids"][1 if self.tokenizer.bos_token else 0 :]
+            rows.append(ids if ended else [end, *ids])
+            pictures.append(turn["images"])
+        width = max(map(len, rows))
+        new_ids = sequences.new_tensor(pad_rows(rows, pad, "left", width))
+        new_mask = attention_mask.new_tensor(pad_rows([[1] * len(row) for row in rows], 0, "left", width))
+        return BatchFeature(
+            {
+                "input_ids": torch.cat([sequences, new_ids], dim=1),
+                "attention_mask": torch.cat([attention_mask, reply_mask.to(attention_mask), new_mask], dim=1),
+                **self.stack_pictures(pictures),
+            }
+        )
+
     def batch(
         self,
         input_ids: list[list[int]],

@@ -365,9 +365,9 @@ def test_the_mixture_has_its_shares(drawn):
     assert MIXTURE.keys() == SKILLS.keys() - {"unseen_pairs"} and sum(MIXTURE.values()) == 100
     samples = [mixture(0, index) for index in range(2000)]
     pictures = [sample for sample in samples if sample.images]
-    assert len(pictures) / len(samples) == pytest.approx(0.65, abs=0.04)
+    assert len(pictures) / len(samples) == pytest.approx(0.6, abs=0.04)
     assert np.mean([len(sample.messages) > 2 for sample in pictures]) == pytest.approx(0.22, abs=0.04)
-    assert MIXTURE["yes_no"] == 3 * MIXTURE["colour"]
+    assert MIXTURE["yes_no"] > 3 * MIXTURE["colour"]
 
 
 def test_digits_of_the_test_split_are_out_of_reach_of_training(monkeypatch):

@@ -1,7 +1,11 @@
 """Ask a model the questions of the tiny world and count what it gets right."""
 
+import datetime
+import os
+import platform
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import torch
 from PIL import Image
@@ -82,6 +86,18 @@ def prior(examples: Sequence[Example]) -> dict[str, float]:
 def _kind(answer: str) -> str:
     names = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "position": CELLS}
     return next((kind for kind, values in names.items() if answer in values), "other")
+
+
+def measured_with(command: str) -> dict[str, str]:
+    """Date, command, machine and versions, to stand beside figures."""
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "open_clip_torch")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+    }
 
 
 def highest_by_chance(share: float, n: int, rows: int) -> float:

@@ -56,9 +56,9 @@ def draw_summands(rng: random.Random, split: str, highest: int = 49) -> Sequence
     return _draw(rng, split, lambda: (rng.randint(0, highest), rng.randint(0, highest)), key=sorted)
 
 
-def draw_difference(rng: random.Random, split: str) -> Sequence[int]:
-    """A number in 0..99 and one that is not greater."""
-    return _draw(rng, split, lambda: ((a := rng.randint(0, 99)), rng.randint(0, a)))
+def draw_difference(rng: random.Random, split: str, highest: int = 99) -> Sequence[int]:
+    """A number in 0..`highest` and one that is not greater."""
+    return _draw(rng, split, lambda: ((a := rng.randint(0, highest)), rng.randint(0, a)))
 
 
 def draw_digits(rng: random.Random, split: str) -> Sequence[int]:
@@ -80,15 +80,20 @@ def _example(rng: random.Random, skill: str, answer: str | int, *words: str | in
     return dialogue(skill, [Turn(rng.choice(WORDINGS[skill]).format(*words), str(answer))])
 
 
+def _is_small(rng: random.Random, split: str) -> bool:
+    """Whether to draw small numbers: a third of the training samples, since they are rare among all pairs."""
+    return split == "train" and rng.random() < 1 / 3
+
+
 def sums(rng: random.Random, split: str = "train") -> Example:
-    """Two numbers below 50, added; a third of the training sums have small ones, which are rare among all pairs."""
-    a, b = draw_summands(rng, split, highest=9 if split == "train" and rng.random() < 1 / 3 else 49)
+    """Two numbers below 50, added."""
+    a, b = draw_summands(rng, split, highest=9 if _is_small(rng, split) else 49)
     return _example(rng, "sums", a + b, a, b)
 
 
 def differences(rng: random.Random, split: str = "train") -> Example:
     """Two numbers below 100, the smaller taken from the greater."""
-    a, b = draw_difference(rng, split)
+    a, b = draw_difference(rng, split, highest=19 if _is_small(rng, split) else 99)
     return _example(rng, "differences", a - b, a, b)
 
 

@@ -8,28 +8,28 @@ from .dialogue import Example
 
 SKILLS = {**questions.SKILLS, **language.SKILLS}
 
-# Shares in percent: 65 with pictures, more than a fifth of them with several turns, and 35 without. Skills that are
+# Shares in percent: 60 with pictures, more than a fifth of them with several turns, and 40 without. Skills that are
 # learned late have more: yes and no, positions, counting what has a colour, reading, arithmetic.
 MIXTURE = {
-    "colour": 3.0,
-    "shape": 3.0,
-    "size": 3.5,
-    "position": 6.0,
-    "count": 3.0,
+    "colour": 2.5,
+    "shape": 2.5,
+    "size": 3.0,
+    "position": 5.0,
+    "count": 2.5,
     "count_colour": 6.0,
-    "text_colour": 2.5,
-    "caption": 3.5,
-    "yes_no": 9.0,
-    "reading": 6.0,
+    "text_colour": 2.0,
+    "caption": 4.5,
+    "yes_no": 8.5,
+    "reading": 5.0,
     "digits": 5.0,
-    "second_turn": 7.0,
+    "second_turn": 6.5,
     "two_pictures": 3.5,
-    "three_turns": 4.0,
-    "sums": 11.0,
-    "differences": 9.5,
-    "sorting": 5.0,
-    "copying": 4.5,
-    "facts": 5.0,
+    "three_turns": 3.5,
+    "sums": 14.0,
+    "differences": 13.0,
+    "sorting": 4.5,
+    "copying": 4.0,
+    "facts": 4.5,
 }
 
 
