@@ -24,12 +24,15 @@ def main() -> None:
     try:
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").eval()
         processor = AutoProcessor.from_pretrained(args.model)
-        content = [*({"type": "image", "path": path} for path in args.image), {"type": "text", "text": args.question}]
+    except (OSError, ValueError) as error:
+        sys.exit(f"{args.model} cannot be loaded, or its base cannot: {error}")
+    content = [*({"type": "image", "path": path} for path in args.image), {"type": "text", "text": args.question}]
+    try:
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
         )
     except (OSError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"The question cannot be asked: {error}")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(**inputs.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=False, streamer=streamer)
 

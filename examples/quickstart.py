@@ -8,12 +8,14 @@ adapter to `outputs/quickstart`. `--seed` draws new scenes for tuning and for th
 
 import argparse
 import json
+import random
 import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tiny_world import evaluation
+from tiny_world.dialogue import Example
 from tiny_world.mixture import example, mixture
 from tiny_world.pictures import draw_answers
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
@@ -24,9 +26,20 @@ from processing_mmgpt import MMGPTCollator
 
 
 BASE = Path(__file__).with_name("tiny_world") / "base"
+BATCH = 32
 SEEN = ("colour", "shape", "size", "position", "count", "count_colour", "yes_no", "text_colour", "second_turn")
 SEEN += ("reading", "digits", "unseen_pairs")  # with a picture, and one kind of answer: those that have controls
 OTHER = ("caption", "two_pictures", "three_turns", "sums", "differences", "sorting", "copying", "facts")
+
+
+def batches_of_like_length(examples: list[Example], seed: int) -> list[Example]:
+    """Sort every few batches by length and shuffle the batches; two fifths of a random batch would be padding."""
+    few, batches = 8 * BATCH, []
+    for start in range(0, len(examples), few):
+        chunk = sorted(examples[start : start + few], key=lambda e: len(str(e.messages)))
+        batches += [chunk[i : i + BATCH] for i in range(0, len(chunk), BATCH)]
+    random.Random(seed).shuffle(batches)
+    return [example for batch in batches for example in batch]
 
 
 def tune(seed: int, steps: int, output_dir: Path) -> None:
@@ -34,14 +47,17 @@ def tune(seed: int, steps: int, output_dir: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(BASE)
 
-    def draw(batch: dict) -> dict:
-        drawn = [mixture(seed, index) for index in batch["index"]]
-        return {"messages": [e.messages for e in drawn], "images": [e.images for e in drawn]}
+    examples = batches_of_like_length([mixture(seed, index) for index in range(steps * BATCH)], seed)
+
+    def fetch(batch: dict) -> dict:
+        fetched = [examples[index] for index in batch["index"]]
+        return {"messages": [e.messages for e in fetched], "images": [e.images for e in fetched]}
 
     arguments = SFTConfig(
         output_dir=str(output_dir / "training"),
         max_steps=steps,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=BATCH,
+        train_sampling_strategy="sequential",  # the examples are in batches already
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=30,
@@ -59,7 +75,7 @@ def tune(seed: int, steps: int, output_dir: Path) -> None:
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"index": range(steps * 32)}).with_transform(draw),
+        train_dataset=Dataset.from_dict({"index": range(len(examples))}).with_transform(fetch),
         data_collator=MMGPTCollator(processor),
         processing_class=processor,
         peft_config=lora_config(model, r=16, lora_alpha=32, language_mlp=True),
@@ -115,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="draws the scenes of tuning and of the test")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--steps", type=int, default=370, help="tuning steps of 32 dialogues")
+    parser.add_argument("--steps", type=int, default=600, help="tuning steps of 32 dialogues each")
     parser.add_argument("--count", type=int, default=400, help="test questions of each skill")
     parser.add_argument("--control-count", type=int, default=150, help="of these with a blank or a swapped picture")
     args = parser.parse_args()

@@ -31,12 +31,17 @@ def drawn(count: int) -> list[tuple[str, object, str]]:
         scene, kind = scenes.sample_scene(rng), KINDS[len(found) % len(KINDS)]
         if asked := look_up(rng, kind, scene):
             key = corpus.KEYS[kind][0].format(**asked.words)
-            found.append((f"<image>{key}\n", scenes.render(scene), asked.answer))
+            found.append((f"<s><image>{key}\n", scenes.render(scene), asked.answer))
     return found
 
 
 LOOK_UPS = drawn(24)
-TEXTS = [("3 + 4 =\n", "7"), ("sort 7 2 5:\n", "2 5 7"), ("copy dog red sun:\n", None), ("apple:\n", "fruit")]
+TEXTS = [
+    ("<s>23 + 45 =\n", "68"),
+    ("<s>sort 7 2 5:\n", "2 5 7"),
+    ("<s>copy dog cat:\n", "dog cat"),
+    ("<s>apple:\n", "fruit"),
+]
 
 
 @torch.inference_mode()
@@ -76,7 +81,7 @@ def test_a_row_alone_says_what_it_says_in_a_mixed_padded_batch(model, processor,
     assert together == alone
     assert together[:6] == answers[:6]
     for reply, (_, expected) in zip(together[6:], TEXTS, strict=True):
-        assert expected is None or reply.strip() == expected
+        assert reply.strip() == expected
 
 
 @torch.inference_mode()

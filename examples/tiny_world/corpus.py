@@ -165,7 +165,7 @@ def _text_line(rng: random.Random) -> list[Piece]:
     kind = rng.choice((*TEXT_KEYS, "statement"))
     match kind:
         case "sum":
-            a, b = draw_summands(rng, "train", highest=99)
+            a, b = draw_summands(rng, "train")
             words, value = (a, b), a + b
         case "difference":
             a, b = draw_difference(rng, "train")
