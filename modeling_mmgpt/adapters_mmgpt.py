@@ -1,6 +1,7 @@
 """LoRA for MMGPT: the one place that names its target modules. Not part of the remote code."""
 
 import re
+from pathlib import Path
 
 import peft
 from torch import nn
@@ -23,6 +24,9 @@ def lora_config(
     is 23,461,888 parameters, the number Multimodal-GPT's own log prints:
     https://github.com/open-mmlab/Multimodal-GPT/issues/26.
 
+    The adapter will name its base; a base in a local folder by its absolute path, which is written into
+    `model.name_or_path`.
+
     Args:
         model: The model to adapt, for the names of its LM's matrices.
         r: Rank.
@@ -30,6 +34,9 @@ def lora_config(
         language_mlp: Adapt the LM's feed-forward as well.
         **kwargs: Other fields of `peft.LoraConfig`.
     """
+    if Path(model.name_or_path).is_dir():
+        # PEFT writes this into the adapter, which has to find its base from any working directory.
+        model.name_or_path = str(Path(model.name_or_path).resolve())
     decoder, name = decoder_layers(model.model.text_model)
     targets = set()
     for layer in getattr(decoder, name):

@@ -78,11 +78,14 @@ def test_train_sft_by_accelerate_tunes_on_pictures_and_text_and_its_adapter_load
         {"messages": asked({"type": "image"}, {"type": "text", "text": "What is it?"}), "images": ["scene.png"]},
         {"messages": asked({"type": "text", "text": "What is 1 plus 2?"}, answer="3")},
     )
-    command = ["-m", "accelerate.commands.launch", "--num_processes", "1", "examples/train_sft.py"]
-    command += ["--model_name_or_path", BASE, "--data", data, "--output_dir", tmp_path / "adapter", "--max_steps", "2"]
-    command += ["--learning_rate", "1e-2", "--bf16", "false", "--report_to", "none", "--lora_r", "4"]
+    command = ["-m", "accelerate.commands.launch", "--num_processes", "1", "examples/train_sft.py", "--data", data]
+    command += ["--model_name_or_path", BASE.relative_to(ROOT), "--output_dir", tmp_path / "adapter"]
+    command += ["--max_steps", "2", "--learning_rate", "1e-2", "--bf16", "false", "--report_to", "none"]
+    command += ["--lora_r", "4"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(BASE)  # found from any working directory
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in weights.items())
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
