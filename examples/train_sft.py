@@ -1,7 +1,7 @@
 """Instruction-tune a model with LoRA on your own pictures and dialogues.
 
-    accelerate launch examples/train_sft.py --model_name_or_path examples/tiny_world/base --data records.jsonl \
-        --output_dir outputs/adapter --learning_rate 1e-3 --num_train_epochs 3
+    accelerate launch examples/train_sft.py --model_name_or_path examples/tiny_world/base \
+        --data examples/records/records.jsonl --output_dir outputs/adapter --learning_rate 1e-3
 
 Each line of the file is one record; pictures are paths relative to the file, one for each image part, in order:
 
@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer, TrlParser
@@ -57,7 +58,9 @@ def read_records(path: Path) -> list[dict]:
 
 def main() -> None:
     """Load, tune, save adapter and processor."""
-    script, config = TrlParser((ScriptArguments, SFTConfig)).parse_args_and_config()
+    parser = TrlParser((ScriptArguments, SFTConfig))
+    parser.set_defaults(bf16=torch.cuda.is_available())  # TRL's default is true, which a CPU refuses
+    script, config = parser.parse_args_and_config()
     records = read_records(script.data)
     model = AutoModelForImageTextToText.from_pretrained(script.model_name_or_path, dtype="auto")
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)

@@ -80,7 +80,7 @@ def test_train_sft_by_accelerate_tunes_on_pictures_and_text_and_its_adapter_load
     )
     command = ["-m", "accelerate.commands.launch", "--num_processes", "1", "examples/train_sft.py", "--data", data]
     command += ["--model_name_or_path", BASE.relative_to(ROOT), "--output_dir", tmp_path / "adapter"]
-    command += ["--max_steps", "2", "--learning_rate", "1e-2", "--bf16", "false", "--report_to", "none"]
+    command += ["--max_steps", "2", "--learning_rate", "1e-2", "--report_to", "none"]
     command += ["--lora_r", "4"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
