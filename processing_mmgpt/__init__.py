@@ -1,5 +1,7 @@
 """Text, pictures and annotations to batches: the MMGPT processor. Importing it registers the Auto classes."""
 
+from importlib import import_module
+
 from transformers import AutoImageProcessor, AutoProcessor
 
 from .collator_mmgpt import MMGPTCollator
@@ -7,7 +9,7 @@ from .image_processing_mmgpt import MMGPTImageProcessor
 from .processing_mmgpt import MMGPTProcessor
 
 
-__all__ = ["MMGPTCollator", "MMGPTImageProcessor", "MMGPTProcessor"]
+__all__ = ["READERS", "MMGPTCollator", "MMGPTImageProcessor", "MMGPTProcessor", "load_instruction_dataset"]
 
 # This file alone may know of the model: it is never copied to the Hub.
 from modeling_mmgpt import MMGPTConfig  # noqa: E402
@@ -19,3 +21,12 @@ AutoImageProcessor.register(
     image_processor_classes={"pil": MMGPTImageProcessor, "torchvision": MMGPTImageProcessor},
     exist_ok=True,
 )
+
+LAZY = {"READERS": "readers_mmgpt", "load_instruction_dataset": "mixture_mmgpt"}
+
+
+def __getattr__(name: str):
+    """Import what needs `datasets` only when it is asked for."""
+    if name in LAZY:
+        return getattr(import_module(f".{LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
