@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="draws the scenes of tuning and of the test")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--steps", type=int, default=600, help="tuning steps of 32 dialogues each")
+    parser.add_argument("--steps", type=int, default=500, help="tuning steps of 32 dialogues each")
     parser.add_argument("--count", type=int, default=400, help="test questions of each skill")
     parser.add_argument("--control-count", type=int, default=150, help="of these with a blank or a swapped picture")
     args = parser.parse_args()
