@@ -86,10 +86,15 @@ def load_vision_tower(
             full = AutoConfig.from_pretrained(vision)
             vision = AutoModel.from_pretrained(vision, config=getattr(full, "vision_config", full))
         return vision, vision.config
+    name = config if isinstance(config, str) else None
     if not isinstance(config, MMGPTVisionConfig):
-        name, config = config, MMGPTVisionConfig.from_open_clip(config)
-        if isinstance(vision, str) and not Path(vision).exists():
-            vision = _pretrained_open_clip(name, vision, config)
+        config = MMGPTVisionConfig.from_open_clip(config)
+    if isinstance(vision, str) and not Path(vision).is_file():
+        if name is None:
+            raise ValueError(
+                f"{vision!r} is no file, and as a pretrained tag it needs the open_clip name of its model as config."
+            )
+        vision = _pretrained_open_clip(name, vision, config)
     if isinstance(vision, str):
         load = load_file if vision.endswith(".safetensors") else partial(torch.load, weights_only=True)
         vision = load(vision)
@@ -98,11 +103,13 @@ def load_vision_tower(
         key.removeprefix("visual."): value for key, value in vision.items() if key.startswith("visual.")
     } or vision
     weights = {key: value for key, value in weights.items() if key != "proj"}  # see build_vision_tower
-    expected = set(tower.state_dict())
-    if set(weights) != expected:
+    expected = tower.state_dict()
+    missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    misshapen = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
+    if missing or unexpected or misshapen:
         raise ValueError(
-            f"The weights of the vision tower do not fit its config. Missing: {sorted(expected - set(weights))[:5]}, "
-            f"unexpected: {sorted(set(weights) - expected)[:5]}."
+            f"The weights of the vision tower do not fit its config. Missing: {missing[:5]}, unexpected: "
+            f"{unexpected[:5]}, of another shape: {misshapen[:5]}."
         )
     tower.load_state_dict(weights)
     return tower, config
