@@ -8,20 +8,20 @@ Each line of the file is one record; pictures are paths relative to the file, on
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}], "images": ["cat.png"]}
 
-Records with pictures and records without may stand in one file. All options of `trl.SFTConfig` are options here.
+Records with pictures and records without may stand in one file. In its place, a YAML file mixes public instruction
+sets (`examples/recipes`, `processing_mmgpt/mixture_mmgpt.py`). All options of `trl.SFTConfig` are options here.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_mmgpt.adapters_mmgpt import lora_config
-from processing_mmgpt import MMGPTCollator
+from processing_mmgpt import MMGPTCollator, load_instruction_dataset
 
 
 @dataclass
@@ -29,31 +29,18 @@ class ScriptArguments:
     """What is tuned, on what, and how."""
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub id of the base"})
-    data: Path = field(metadata={"help": "JSONL file of records"})
+    data: Path = field(metadata={"help": "JSONL file of records, or YAML file of a mixture"})
     lora_r: int = 16
     lora_alpha: int = 16
     language_mlp: bool = field(default=False, metadata={"help": "adapt the LM's feed-forward as well"})
 
 
-def read_records(path: Path) -> list[dict]:
-    """Read a JSONL file of records, with the paths of pictures as they can be opened from here.
-
-    Raises:
-        ValueError: With the number of the line, if one is no record.
-        FileNotFoundError: With the number of the line, if a picture is not there.
-    """
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            messages, images = record["messages"], [path.parent / image for image in record.get("images", [])]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no record with `messages`: {error!r}") from error
-        missing = [str(image) for image in images if not image.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{path}, line {number}: no such picture: {missing}")
-        records.append({"messages": messages, "images": [str(image) for image in images]})
-    return records
+def open_data(path: Path, seed: int) -> Dataset | IterableDataset:
+    """Open a mixture, or a JSONL file as a mixture of one source whose pictures stand beside it."""
+    if path.suffix in (".yaml", ".yml"):
+        return load_instruction_dataset(path, seed)
+    source = {"reader": "messages", "files": [str(path)], "image_root": str(path.parent)}
+    return load_instruction_dataset({"sources": [source]}, seed)
 
 
 def main() -> None:
@@ -61,7 +48,7 @@ def main() -> None:
     parser = TrlParser((ScriptArguments, SFTConfig))
     parser.set_defaults(bf16=torch.cuda.is_available())  # TRL's default is true, which a CPU refuses
     script, config = parser.parse_args_and_config()
-    records = read_records(script.data)
+    data = open_data(script.data, config.seed)
     model = AutoModelForImageTextToText.from_pretrained(script.model_name_or_path, dtype="auto")
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
 
@@ -72,9 +59,7 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model,
         args=config,
-        train_dataset=Dataset.from_dict({"record": range(len(records))}).with_transform(
-            lambda batch: {key: [records[i][key] for i in batch["record"]] for key in ("messages", "images")}
-        ),
+        train_dataset=data,
         data_collator=MMGPTCollator(processor, max_length=max_length),
         processing_class=processor,
         peft_config=lora_config(model, script.lora_r, script.lora_alpha, script.language_mlp),

@@ -98,18 +98,12 @@ def test_train_sft_by_accelerate_tunes_on_pictures_and_text_and_its_adapter_load
     assert (model(**inputs).logits - base(**inputs).logits).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("line", "error", "named"),
-    [
-        ("{no json", ValueError, "line 2"),
-        ({"images": []}, ValueError, "line 2"),
-        ({"messages": asked({"type": "image"}), "images": ["missing.png"]}, FileNotFoundError, "missing.png"),
-    ],
-)
-def test_a_bad_line_is_named_before_training(tmp_path, line, error, named):
+@pytest.mark.parametrize(("line", "named"), [("{no json", "line 2"), ({"images": []}, "messages")])
+def test_a_bad_line_is_named_before_training(tmp_path, line, named):
     path = records(tmp_path / "records.jsonl", {"messages": asked({"type": "text", "text": "a"})}, line)
-    with pytest.raises(error, match=named):
-        train_sft.read_records(path)
+    with pytest.raises(ValueError, match=named) as caught:
+        train_sft.open_data(path, 0)
+    assert "records.jsonl" in str(caught.value)
 
 
 # What the quickstart counts
