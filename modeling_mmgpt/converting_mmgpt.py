@@ -134,20 +134,19 @@ def convert_flamingo(
     ids = {"image": image_token_id, "end_of_chunk": end_of_chunk_token_id, "pad": pad_token_id}
     _resize_vocabulary(text_model, found, ids)
     tower_weights, tower_config = _load_tower(vision_tower, vision_config, vision_post_norm)
-    with _default_dtype(dtype or text_model.dtype):
-        model = MMGPTForConditionalGeneration.from_vision_text_pretrained(
-            tower_weights,
-            text_model,
-            vision_config=tower_config,
-            image_token_id=image_token_id,
-            end_of_chunk_token_id=end_of_chunk_token_id,
-            pad_token_id=pad_token_id,
-            dtype=dtype,
-            cross_attn_every_n_layers=cross_attn_every_n_layers,
-            media_attention=media_attention,
-            resampler={**_resampler_sizes(found), **(resampler or {})},
-            cross_attention={**_block_sizes(found), **(cross_attention or {})},
-        )
+    model = MMGPTForConditionalGeneration.from_vision_text_pretrained(
+        tower_weights,
+        text_model,
+        vision_config=tower_config,
+        image_token_id=image_token_id,
+        end_of_chunk_token_id=end_of_chunk_token_id,
+        pad_token_id=pad_token_id,
+        dtype=dtype,
+        cross_attn_every_n_layers=cross_attn_every_n_layers,
+        media_attention=media_attention,
+        resampler={**_resampler_sizes(found), **(resampler or {})},
+        cross_attention={**_block_sizes(found), **(cross_attention or {})},
+    )
     _fill(model, found, checkpoint)
     return model.eval()
 
@@ -236,17 +235,6 @@ def _add(found: dict[str, tuple[str, torch.Tensor]], name: str, old: str, tensor
     same = first.data_ptr() == tensor.data_ptr() and first.shape == tensor.shape
     if not same and not torch.equal(first, tensor):
         raise ValueError(f"{other!r} and {old!r} are two names of one weight, {name!r}, and differ.")
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build new modules in the data type they end in: in float32 they would double the peak of a half model."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _add_head(

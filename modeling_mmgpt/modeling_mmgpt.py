@@ -13,7 +13,8 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.utils import can_return_tuple, logging
+from transformers.modeling_utils import local_torch_dtype
+from transformers.utils import can_return_tuple
 
 from .cache_mmgpt import MMGPTCache
 from .conditioning_mmgpt import add_gated_blocks, decode
@@ -28,9 +29,6 @@ from .cross_attention_mmgpt import (
 from .generation_mmgpt import MMGPTGenerationMixin
 from .perceiver_mmgpt import PerceiverResampler
 from .vision_mmgpt import build_vision_tower, load_vision_tower, patch_tokens
-
-
-logger = logging.get_logger(__name__)
 
 
 class MMGPTPreTrainedModel(PreTrainedModel):
@@ -450,15 +448,17 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         rows = 1 + max(image_token_id, end_of_chunk_token_id, pad_token_id or 0)
         if rows > text_model.get_input_embeddings().num_embeddings:
             text_model.resize_token_embeddings(rows)
-        tower, vision_config = load_vision_tower(vision, vision_config)
-        config = MMGPTConfig(
-            vision_config=vision_config,
-            text_config=text_model.config,
-            image_token_id=image_token_id,
-            end_of_chunk_token_id=end_of_chunk_token_id,
-            **config,
-        )
-        model = cls(config, tower, text_model).to(text_model.dtype if dtype is None else dtype)
+        dtype = dtype or text_model.dtype
+        with local_torch_dtype(dtype, cls.__name__):  # new parts made in float32 would double the peak of a half model
+            tower, vision_config = load_vision_tower(vision, vision_config)
+            config = MMGPTConfig(
+                vision_config=vision_config,
+                text_config=text_model.config,
+                image_token_id=image_token_id,
+                end_of_chunk_token_id=end_of_chunk_token_id,
+                **config,
+            )
+            model = cls(config, tower, text_model).to(dtype)
         model.generation_config.update(**text_model.generation_config.to_diff_dict())
         model.generation_config.pad_token_id = text_model.config.pad_token_id
         return model

@@ -45,7 +45,7 @@ class MMGPTCollator:
         rows = []
         for number, record in enumerate(records):
             try:
-                rows.append(self._encode(record))
+                rows.append(self.encode(record))
             except ValueError as error:
                 raise ValueError(f"Row {number} of the batch: {error}") from error
         batch = self.processor.batch(
@@ -68,8 +68,15 @@ class MMGPTCollator:
             batch["pixel_values"] = torch.zeros(len(rows), 1, 3, size, size)
         return dict(batch)
 
-    def _encode(self, record: dict[str, Any]) -> dict[str, list]:
-        """Encode as many whole turns as fit."""
+    def encode(self, record: dict[str, Any]) -> dict[str, list]:
+        """Encode as many whole turns of one record as fit.
+
+        Returns:
+            As [`MMGPTProcessor.encode_chat`].
+
+        Raises:
+            ValueError: If nothing is left to learn from, or its pictures do not fit.
+        """
         messages, images = normalise(record["messages"]), record.get("images")
         while True:
             row = self.processor.encode_chat(messages, images)

@@ -68,9 +68,7 @@ class MMGPTProcessor(ProcessorMixin):
         """
         kwargs = {**_picture_format(vision, vision_config), **kwargs}
         tokenizer = AutoTokenizer.from_pretrained(text)
-        tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK_TOKEN, IMAGE_TOKEN]})
-        if tokenizer.pad_token is None:
-            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        add_control_tokens(tokenizer)
         return cls(MMGPTImageProcessor(**kwargs), tokenizer)
 
     @property
@@ -373,6 +371,13 @@ class MMGPTProcessor(ProcessorMixin):
             )
         rest = iter(images)
         return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def add_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer `<|endofchunk|>`, `<image>` and, if it has no padding token, `<PAD>`, in place."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK_TOKEN, IMAGE_TOKEN]})
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str, width: int) -> list[list[int]]:

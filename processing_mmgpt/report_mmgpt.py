@@ -17,8 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .collator_mmgpt import without_last_exchange
-from .messages_mmgpt import image_parts
+from .collator_mmgpt import MMGPTCollator
 from .mixture_mmgpt import Mixture, Reading, Source, has_pictures, open_source, read_mixture
 from .processing_mmgpt import MMGPTProcessor
 
@@ -82,7 +81,7 @@ def examine(
         findings.tokens[length // TOKEN_BIN] += 1
         findings.longest = max(findings.longest, length)
         if max_length is not None and length > max_length:
-            _too_long(record, processor, max_length, findings)
+            _too_long(record, MMGPTCollator(processor, max_length), findings)
         for message in record["messages"]:
             if message["role"] == "assistant":
                 words = len("".join(part["text"] for part in message["content"]).split())
@@ -106,16 +105,13 @@ def _records(source: Source, mixture: Mixture, findings: Findings, limit: int | 
             yield record
 
 
-def _too_long(record: dict[str, Any], processor: MMGPTProcessor, max_length: int, findings: Findings) -> None:
-    """Count a row as the collator would treat it: whole exchanges are left out from the end."""
-    messages = without_last_exchange(record["messages"])
-    while messages:
-        pictures = [None] * sum(1 for _ in image_parts(messages))
-        if len(processor.encode_chat(messages, pictures)["input_ids"]) <= max_length:
-            findings.cut += 1
-            return
-        messages = without_last_exchange(messages)
-    findings.lost += 1
+def _too_long(record: dict[str, Any], collator: MMGPTCollator, findings: Findings) -> None:
+    """Count a row that is too long by what the collator makes of it."""
+    try:
+        collator.encode(record)
+        findings.cut += 1
+    except ValueError:  # not even its first exchange fits
+        findings.lost += 1
 
 
 # What is printed

@@ -27,6 +27,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
 from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
+from processing_mmgpt.collator_mmgpt import IGNORED
+from processing_mmgpt.processing_mmgpt import add_control_tokens, pad_rows
 
 from . import corpus
 from .language import CATEGORY
@@ -34,7 +36,6 @@ from .scenes import COLOURS, SHAPES, SIDE
 from .tokenizer import build_tokenizer
 
 
-IGNORED = -100
 GATE = 0.5  # a shut gate is right over a pretrained LM; from nothing, it makes perception three times slower
 PROBE_SEED = 10**6
 
@@ -94,15 +95,11 @@ class Collator:
         width = max(len(row["input_ids"]) for row in rows)
         pictures = [picture for row in rows for picture in row["pictures"]]
         return {
-            "input_ids": _padded([row["input_ids"] for row in rows], self.pad_token_id, width),
-            "attention_mask": _padded([[1] * len(row["input_ids"]) for row in rows], 0, width),
-            "labels": _padded([row["labels"] for row in rows], IGNORED, width),
+            "input_ids": torch.tensor(pad_rows([row["input_ids"] for row in rows], self.pad_token_id, "right", width)),
+            "attention_mask": torch.tensor(pad_rows([[1] * len(row["input_ids"]) for row in rows], 0, "right", width)),
+            "labels": torch.tensor(pad_rows([row["labels"] for row in rows], IGNORED, "right", width)),
             "pictures": torch.stack(pictures) if pictures else torch.empty(0, 3, SIDE, SIDE),
         }
-
-
-def _padded(rows: list[list[int]], value: int, width: int) -> torch.Tensor:
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
 def forward(model: MMGPTForConditionalGeneration, batch: dict[str, torch.Tensor]):
@@ -134,7 +131,7 @@ class DocumentTrainer(Trainer):
 def build_processor() -> MMGPTProcessor:
     """The tokenizer with the tokens of images, and 48x48 pictures as they are."""
     tokenizer = build_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
+    add_control_tokens(tokenizer)
     return MMGPTProcessor(MMGPTImageProcessor(size=SIDE), tokenizer)
 
 
