@@ -12,12 +12,16 @@ from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_mmgpt import attend, feed_forward, split_heads
+from .packing_mmgpt import images_of_document
 
 
 def compute_image_index(
-    is_image: torch.Tensor, media_attention: str, past_images: torch.Tensor | None = None
+    is_image: torch.Tensor,
+    media_attention: str,
+    past_images: torch.Tensor | None = None,
+    document_index: torch.LongTensor | None = None,
 ) -> torch.Tensor:
-    """Number the image that each token attends to, per row.
+    """Number the image that each token attends to; images are counted along the row.
 
     A row of text, its `<image>` tokens as `#`, and what each mode makes of it:
 
@@ -29,12 +33,18 @@ def compute_image_index(
 
     0 attends to no image: the attention half of a block adds nothing, its feed-forward half acts, as it did in the
     reference whose weights we load. A continuation counts on from the images before it: `e f` alone, with
-    `past_images` 2, gives `2 2`, `2 2` and `0 0`.
+    `past_images` 2, gives `2 2`, `2 2` and `0 0`. In a packed row each document is one to itself:
+
+        document_index   1  1  1  1  2  2  3  3  3  3
+        tokens           a  #  b  c  d  e  f  #  g  h
+        preceding        0  1  1  1 -1 -1  0  2  2  2
+        following        1  1  0  0 -1 -1  2  2  0  0
 
     Args:
         is_image: Bool `(B, T)`, true at `<image>` tokens.
         media_attention: `"preceding"`, `"all_preceding"` or `"following"`.
         past_images: `(B,)`, the images of each row before these tokens; `None` for none.
+        document_index: `(B, T)`, the document of each token in a packed row; `None` where a row is one document.
 
     Returns:
         Integers `(B, T)`: -1, 0, or the number k >= 1 of an image of the row.
@@ -42,13 +52,16 @@ def compute_image_index(
     if past_images is None:
         past_images = is_image.new_zeros(len(is_image), dtype=torch.long)
     seen = past_images[:, None] + is_image.cumsum(dim=1)  # (B, T), images at or before each token
-    total = seen[:, -1:]  # (B, 1)
+    if document_index is None:
+        before, total = torch.zeros_like(seen[:, -1:]), seen[:, -1:]  # (B, 1), those of the token's document
+    else:
+        before, total = images_of_document(is_image, document_index)  # (B, T)
     if media_attention == "following":
         ahead = seen - is_image.long() + 1  # one more than the images before the token
         index = ahead.where(ahead <= total, 0)
     else:
-        index = seen
-    return index.where(total > 0, -1)
+        index = seen.where(seen > before, 0)
+    return index.where(total > before, -1)
 
 
 def compute_image_slots(index: torch.Tensor, num_images: int, past_images: torch.Tensor | None = None) -> torch.Tensor:
@@ -104,8 +117,12 @@ def check_image_counts(new_tokens: torch.Tensor, num_images: int, continues: boo
 
 
 def cross_attention_mask(
-    index: torch.Tensor, slots: torch.Tensor, num_latents: int, media_attention: str
-) -> torch.Tensor:
+    index: torch.Tensor,
+    slots: torch.Tensor,
+    num_latents: int,
+    media_attention: str,
+    before: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """Expand image numbers into the mask of the cross-attention.
 
     Args:
@@ -113,13 +130,19 @@ def cross_attention_mask(
         slots: `(B, M)` from [`compute_image_slots`].
         num_latents: `N`.
         media_attention: As in [`compute_image_index`].
+        before: `(B, T)`, the images of the row before the document of each token; `None` where a row is one document.
 
     Returns:
         Bool `(B, 1, T, M*N)`, true where attended. A token that attends to nothing is true everywhere, which keeps
-        its softmax finite; the block drops what it gathers.
+        its softmax finite; the block drops what it gathers. So `None`, true everywhere, where there is one image.
     """
+    if slots.shape[1] == 1:
+        return None
     index, slots = index[:, :, None], slots[:, None, :]  # (B, T, 1), (B, 1, M)
-    seen = (slots > 0) & (slots <= index) if media_attention == "all_preceding" else (slots > 0) & (slots == index)
+    if media_attention == "all_preceding":
+        seen = (slots > (0 if before is None else before[:, :, None])) & (slots <= index)
+    else:
+        seen = (slots > 0) & (slots == index)
     seen = seen | ~seen.any(dim=-1, keepdim=True)  # (B, T, M)
     return seen.repeat_interleave(num_latents, dim=-1)[:, None]
 
@@ -148,14 +171,18 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(inner, text_width, bias=False)
 
     def forward(
-        self, hidden_states: torch.Tensor, image_latents: torch.Tensor | None, mask: torch.Tensor, cache: Cache | None
+        self,
+        hidden_states: torch.Tensor,
+        image_latents: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
 
         Args:
             hidden_states: `(B, T, D)`.
             image_latents: `(B, M, N, D_vision)` of the images that are not in the cache; `None` if all are.
-            mask: Bool `(B, 1, T, M_all*N)` over cached and new images.
+            mask: Bool `(B, 1, T, M_all*N)` over cached and new images; `None` for true everywhere.
             cache: Keys and values of the images so far; the new ones are added.
 
         Returns:
@@ -193,7 +220,7 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         image_latents: torch.Tensor | None,
         index: torch.Tensor,
-        mask: torch.Tensor,
+        mask: torch.Tensor | None,
         cache: Cache | None = None,
         cross_attentions: list | None = None,
     ) -> torch.Tensor:
@@ -203,7 +230,7 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
             hidden_states: `(B, T, D)`.
             image_latents: `(B, M, N, D_vision)`, or `None` where the cache holds all images.
             index: `(B, T)` from [`compute_image_index`]. At -1 the block is the identity, to the bit.
-            mask: Bool `(B, 1, T, M*N)` from [`cross_attention_mask`].
+            mask: Bool `(B, 1, T, M*N)` from [`cross_attention_mask`], or `None`.
             cache: The cross-attention cache, if there is one.
             cross_attentions: A list the weights `(B, H, T, M*N)` are appended to, if they are wanted.
 

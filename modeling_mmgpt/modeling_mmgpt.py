@@ -27,6 +27,7 @@ from .cross_attention_mmgpt import (
     cross_attention_mask,
 )
 from .generation_mmgpt import MMGPTGenerationMixin
+from .packing_mmgpt import images_of_document, keep_documents_apart
 from .perceiver_mmgpt import PerceiverResampler
 from .vision_mmgpt import build_vision_tower, load_vision_tower, patch_tokens
 
@@ -118,6 +119,8 @@ class MMGPTModel(MMGPTPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         image_latents: torch.Tensor | None = None,
         image_slots: torch.LongTensor | None = None,
+        document_index: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -129,15 +132,17 @@ class MMGPTModel(MMGPTPreTrainedModel):
             `last_hidden_state` `(B, T, D)`, the cache, and what else was asked for.
         """
         _reject_embeds(kwargs)
-        cache = self.open_cache(past_key_values, use_cache, input_ids.shape[1])
-        conditioning = self.condition(
-            input_ids, pixel_values, num_frames, image_index, image_latents, image_slots, cache, output_attentions
-        )
+        pictures = (pixel_values, num_frames, image_index, image_latents, image_slots)
+        cache = self.open_cache(past_key_values, use_cache, input_ids.shape[1], document_index)
+        conditioning = self.condition(input_ids, *pictures, document_index, cache, output_attentions)
+        if document_index is not None:
+            attention_mask, position_ids = keep_documents_apart(self.text_model, document_index)
         outputs = decode(
             self.text_model.get_decoder(),
             conditioning,
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=None if cache is None else cache.self_attention_cache,
             use_cache=cache is not None,
             output_attentions=output_attentions,
@@ -151,12 +156,23 @@ class MMGPTModel(MMGPTPreTrainedModel):
             cross_attentions=_as_tuple(conditioning),
         )
 
-    def open_cache(self, past_key_values: Cache | None, use_cache: bool | None, num_tokens: int) -> MMGPTCache | None:
+    def open_cache(
+        self,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        num_tokens: int,
+        document_index: torch.LongTensor | None = None,
+    ) -> MMGPTCache | None:
         """Give the cache to use, or `None`: none in checkpointed training, whose recomputation would fill it twice.
 
         Raises:
-            ValueError: If the cache is a foreign one with tokens in it, or a static one without room.
+            ValueError: If the cache is a foreign one with tokens in it, or a static one without room, or if there is
+                one although rows are packed.
         """
+        if document_index is not None:
+            if past_key_values is not None:
+                raise ValueError("Packed rows cannot be continued: give `past_key_values` or `document_index`.")
+            return None
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
         if (past_key_values is None and not use_cache) or (self.training and self.is_activation_checkpointing):
@@ -174,6 +190,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         image_index: torch.LongTensor | None,
         image_latents: torch.Tensor | None,
         image_slots: torch.LongTensor | None,
+        document_index: torch.LongTensor | None,
         cache: MMGPTCache | None,
         output_attentions: bool | None = None,
     ) -> dict:
@@ -186,7 +203,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         pictures = pixel_values if image_latents is None else image_latents
         num_images = 0 if pictures is None else pictures.shape[1]
         if image_index is None:
-            image_index = self.locate_images(input_ids, num_images, cache)
+            image_index = self.locate_images(input_ids, num_images, cache, document_index)
         if pictures is None and past_images is None:
             return {}
         if image_slots is None and pictures is not None:
@@ -195,8 +212,13 @@ class MMGPTModel(MMGPTPreTrainedModel):
             image_latents = self.encode_images(pixel_values, num_frames, image_slots)
         if cache is not None:
             image_slots = cache.image_slots if image_slots is None else cache.add_images(image_slots)
+        before = None
+        if document_index is not None:
+            if self.config.resampler["max_num_images"] is not None:
+                raise ValueError("Rows cannot be packed for a resampler that numbers images: `max_num_images` is set.")
+            before, _ = images_of_document(self.find_image_tokens(input_ids), document_index)
         mask = cross_attention_mask(
-            image_index, image_slots, self.config.resampler["num_latents"], self.config.media_attention
+            image_index, image_slots, self.config.resampler["num_latents"], self.config.media_attention, before
         )
         return {
             "image_latents": image_latents,
@@ -207,7 +229,11 @@ class MMGPTModel(MMGPTPreTrainedModel):
         }
 
     def locate_images(
-        self, input_ids: torch.LongTensor, num_images: int, cache: MMGPTCache | None = None
+        self,
+        input_ids: torch.LongTensor,
+        num_images: int,
+        cache: MMGPTCache | None = None,
+        document_index: torch.LongTensor | None = None,
     ) -> torch.LongTensor:
         """Number the image that each token attends to, after a look at whether tokens and pictures agree.
 
@@ -215,6 +241,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
             input_ids: `(B, T)`, the tokens that follow those in the cache.
             num_images: `M`, the pictures given for each row.
             cache: The cache these tokens continue, if any.
+            document_index: `(B, T)`, the document of each token in packed rows.
 
         Returns:
             `(B, T)`, see [`compute_image_index`].
@@ -236,7 +263,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
                     f"late, or media_attention is {self.config.media_attention!r}): run all tokens again without a "
                     "cache, or let `generate()` do it."
                 )
-        return compute_image_index(is_image, self.config.media_attention, past_images)
+        return compute_image_index(is_image, self.config.media_attention, past_images, document_index)
 
     def find_image_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """True at the `<image>` tokens, `(B, T)`.
@@ -341,6 +368,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         image_index: torch.LongTensor | None = None,
         image_latents: torch.Tensor | None = None,
         image_slots: torch.LongTensor | None = None,
+        document_index: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -362,6 +390,9 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
             image_latents: `(B, M, N, D_vision)`, pictures that went through [`MMGPTModel.encode_images`] already.
             image_slots: `(B, M)`, the number of each picture in its row, 0 for none; by default in the order of the
                 `<image>` tokens, see [`~modeling_mmgpt.compute_image_slots`].
+            document_index: `(B, T)`, for packed rows: the document of each token, counted from 1, and 0 at padding
+                behind them all. Each document is computed as if it stood alone, without a cache; its mask and
+                positions take the place of `attention_mask` and `position_ids`.
             position_ids: `(B, T)`, handed to the LM.
             labels: `(B, T)`, -100 where nothing is to be learnt; the shift is made here.
             past_key_values: The cache of an earlier call. The new tokens' `<image>`s, and no others, need pictures.
@@ -379,10 +410,11 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         """
         _reject_embeds(kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        cache = self.model.open_cache(past_key_values, use_cache, input_ids.shape[1])
-        conditioning = self.model.condition(
-            input_ids, pixel_values, num_frames, image_index, image_latents, image_slots, cache, output_attentions
-        )
+        pictures = (pixel_values, num_frames, image_index, image_latents, image_slots)
+        cache = self.model.open_cache(past_key_values, use_cache, input_ids.shape[1], document_index)
+        conditioning = self.model.condition(input_ids, *pictures, document_index, cache, output_attentions)
+        if document_index is not None:
+            attention_mask, position_ids = keep_documents_apart(self.model.text_model, document_index)
         outputs = decode(
             self.model.text_model,
             conditioning,

@@ -1,5 +1,6 @@
 """The collator: conversations to a batch with labels. It owns what is learnt from."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,9 +8,14 @@ import torch
 
 from .messages_mmgpt import image_parts, normalise
 from .processing_mmgpt import MMGPTProcessor, pad_rows
+from .skips_mmgpt import log_skip
 
 
 IGNORED = -100
+
+
+class NothingToLearnError(ValueError):
+    """A conversation has no response, or none that `max_length` leaves whole."""
 
 
 @dataclass
@@ -20,9 +26,16 @@ class MMGPTCollator:
     rows without stand in one batch. A conversation that is too long is cut at the end of a turn, and loses exactly
     the pictures of the turns that are cut.
 
+    With `packing`, a row holds as many conversations as fit into `max_length` tokens, and `document_index` says which
+    token belongs to which. The model computes each as if it stood alone; the loss is that of the same conversations
+    in rows of their own, and the batch is almost free of padding.
+
     Args:
         processor: The processor.
         max_length: The most tokens a row may have; `None` for no limit.
+        packing: Put several conversations into a row.
+        skip_log: Where a conversation leaves nothing to learn from, skip it and add a line to this file, which
+            [`~processing_mmgpt.skips_mmgpt.count_skips`] counts; `None` to raise.
         pad_to_multiple_of: Pad the batch to a multiple of so many tokens.
         placeholder_picture: Give a batch without any picture a zero one, which no token attends to. Training sharded
             over processes (FSDP, ZeRO-3) needs it, since all of them have to touch the same parameters.
@@ -30,43 +43,67 @@ class MMGPTCollator:
 
     processor: MMGPTProcessor
     max_length: int | None = None
+    packing: bool = False
+    skip_log: str | None = None
     pad_to_multiple_of: int | None = None
     placeholder_picture: bool = False
+
+    def __post_init__(self):
+        if self.packing and self.max_length is None:
+            raise ValueError("`packing` fills rows of `max_length` tokens, and there is no `max_length`: give one.")
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels` `(B, T)`, padded on the right; with pictures, `pixel_values`.
+            `input_ids`, `attention_mask` and `labels` `(B, T)`, padded on the right; with pictures, `pixel_values`;
+            with packing, `document_index` `(B, T)`, and `B` is the number of rows that were needed.
 
         Raises:
             ValueError: With the row, if nothing of it is left to learn from or its pictures do not fit.
         """
-        rows = []
-        for number, record in enumerate(records):
-            try:
-                rows.append(self.encode(record))
-            except ValueError as error:
-                raise ValueError(f"Row {number} of the batch: {error}") from error
+        rows = [row for number, record in enumerate(records) if (row := self._encode(number, record)) is not None]
+        if not rows:
+            raise ValueError(
+                f"Nothing is left to learn from in any of the {len(records)} conversations of a batch; "
+                f"{self.skip_log} says why. Raise max_length ({self.max_length}), or look at the data."
+            )
+        documents = [[row] for row in rows] if not self.packing else fill_rows(rows, self.max_length)
         batch = self.processor.batch(
-            [row["input_ids"] for row in rows],
-            [row["images"] for row in rows],
+            [_joined(row, "input_ids") for row in documents],
+            [_joined(row, "images") for row in documents],
             padding=True,
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
-        labels = [
-            [
-                token if learnt else IGNORED
-                for token, learnt in zip(row["input_ids"], row["assistant_masks"], strict=True)
+        learnt = torch.tensor(self._pad([_joined(row, "assistant_masks") for row in documents], batch))
+        batch["labels"] = batch["input_ids"].where(learnt == 1, IGNORED)
+        if self.packing:
+            numbers = [
+                [number for number, document in enumerate(row, start=1) for _ in document["input_ids"]]
+                for row in documents
             ]
-            for row in rows
-        ]
-        batch["labels"] = torch.tensor(pad_rows(labels, IGNORED, "right", batch["input_ids"].shape[1]))
+            batch["document_index"] = torch.tensor(self._pad(numbers, batch))
         if self.placeholder_picture and "pixel_values" not in batch:
             size = self.processor.image_processor.size
-            batch["pixel_values"] = torch.zeros(len(rows), 1, 3, size, size)
+            batch["pixel_values"] = torch.zeros(len(documents), 1, 3, size, size)
         return dict(batch)
+
+    def _encode(self, number: int, record: dict[str, Any]) -> dict[str, list] | None:
+        """Encode one record; `None` if it is skipped."""
+        try:
+            return self.encode(record)
+        except NothingToLearnError as error:
+            if self.skip_log is None:
+                raise NothingToLearnError(f"Row {number} of the batch: {error}") from error
+            digest = hashlib.sha256(str(record["messages"]).encode()).hexdigest()
+            log_skip(self.skip_log, "collator", digest, str(error))
+            return None
+        except ValueError as error:
+            raise ValueError(f"Row {number} of the batch: {error}") from error
+
+    def _pad(self, rows: list[list[int]], batch: dict[str, torch.Tensor]) -> list[list[int]]:
+        return pad_rows(rows, 0, "right", batch["input_ids"].shape[1])
 
     def encode(self, record: dict[str, Any]) -> dict[str, list]:
         """Encode as many whole turns of one record as fit.
@@ -75,20 +112,21 @@ class MMGPTCollator:
             As [`MMGPTProcessor.encode_chat`].
 
         Raises:
-            ValueError: If nothing is left to learn from, or its pictures do not fit.
+            NothingToLearnError: If nothing is left to learn from.
+            ValueError: If its pictures do not fit.
         """
         messages, images = normalise(record["messages"]), record.get("images")
         while True:
             row = self.processor.encode_chat(messages, images)
             if not any(row["assistant_masks"]):
-                raise ValueError("It has no response to learn from.")
+                raise NothingToLearnError("It has no response to learn from.")
             if self.max_length is None or len(row["input_ids"]) <= self.max_length:
                 return row
             messages = without_last_exchange(messages)
             if not messages:
-                raise ValueError(
-                    f"Its first exchange alone has {len(row['input_ids'])} tokens, and max_length is "
-                    f"{self.max_length}: nothing is left to learn from."
+                raise NothingToLearnError(
+                    f"Nothing is left to learn from: its first exchange alone has {len(row['input_ids'])} tokens, and "
+                    f"max_length is {self.max_length}."
                 )
             images = images and images[: sum(source is None for source in image_parts(messages))]
 
@@ -98,3 +136,27 @@ def without_last_exchange(messages: list[dict[str, Any]]) -> list[dict[str, Any]
     ends = [number for number, message in enumerate(messages, start=1) if message["role"] == "assistant"]
     shorter = [end for end in ends if end < len(messages)]
     return messages[: shorter[-1]] if shorter else []
+
+
+def fill_rows(documents: list[dict[str, list]], length: int) -> list[list[dict[str, list]]]:
+    """Put documents into few rows of at most `length` tokens: the longest first, each where it leaves least room.
+
+    Best-fit decreasing: https://en.wikipedia.org/wiki/Best-fit_bin_packing.
+    """
+    rows: list[list[dict[str, list]]] = []
+    room: list[int] = []
+    for document in sorted(documents, key=lambda document: -len(document["input_ids"])):
+        needed = len(document["input_ids"])
+        fitting = [row for row in range(len(rows)) if room[row] >= needed]
+        if fitting:
+            row = min(fitting, key=lambda row: room[row])
+            rows[row].append(document)
+            room[row] -= needed
+        else:
+            rows.append([document])
+            room.append(length - needed)
+    return rows
+
+
+def _joined(documents: list[dict[str, list]], key: str) -> list:
+    return [item for document in documents for item in document[key]]

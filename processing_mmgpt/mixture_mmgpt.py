@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -19,6 +18,7 @@ from PIL import Image
 from .annotations_mmgpt import MESSAGES, is_lines, read_record
 from .pictures_mmgpt import open_picture
 from .readers_mmgpt import READERS, TEXT_READERS
+from .skips_mmgpt import log_skip
 from .tables_mmgpt import COLUMNS, open_annotations
 
 
@@ -77,7 +77,7 @@ class Mixture:
         on_bad_record: What to do about a record that lacks something: `"raise"` or `"skip"`.
         on_bad_image: What to do about a picture that is missing or broken: `"raise"`, `"skip"`: another row of the
             source stands in (streamed: the row is left out), or `"blank"`: a black picture stands in.
-        skip_log: The file that names each row which was skipped or got a black picture; see `count_skips`.
+        skip_log: The file that names each row which was skipped or got a black picture; see `skips_mmgpt.count_skips`.
     """
 
     sources: list[Source]
@@ -320,7 +320,7 @@ def _without_problems(rows: datasets.Dataset, source: Source, mixture: Mixture) 
             "cannot be read; `on_bad_record: skip` leaves them out.)"
         )
     for row in rows.select(bad).select_columns(["file", "row", "problem"]):
-        log_skip(mixture, source, row, row["problem"])
+        _log_row(mixture, source, row, row["problem"])
     return rows.select(np.flatnonzero(valid))
 
 
@@ -374,32 +374,8 @@ def _take_turns(ratio: tuple[int, int], pictures: Rows, texts: Rows, seed: int) 
     return datasets.concatenate_datasets([pictures, texts]).select(np.argsort(places, kind="stable"))
 
 
-# What was skipped
-
-
-def log_skip(mixture: Mixture, source: Source, row: dict[str, Any], problem: str) -> None:
-    """Add a line to the log, in one write, so that many processes can share it."""
-    reason, _, details = problem.partition(": ")
-    entry = {"source": source.name, "place": _place(source, row), "reason": reason, "details": details}
-    Path(mixture.skip_log).parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(mixture.skip_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(log, (json.dumps(entry) + "\n").encode())
-    finally:
-        os.close(log)
-
-
-def count_skips(skip_log: str | os.PathLike) -> Counter[tuple[str, str]]:
-    """Count the rows that a log of skips names, by source and reason.
-
-    A row that came up several times, in several epochs or for several workers, counts once. The log is only ever added
-    to: delete it to begin anew.
-    """
-    if not os.path.exists(skip_log):
-        return Counter()
-    with open(skip_log, encoding="utf-8") as log:
-        rows = {(entry["source"], entry["reason"], entry["place"]) for entry in map(json.loads, log)}
-    return Counter((source, reason) for source, reason, _ in rows)
+def _log_row(mixture: Mixture, source: Source, row: dict[str, Any], problem: str) -> None:
+    log_skip(mixture.skip_log, source.name, _place(source, row), problem)
 
 
 # From a row to a conversation
@@ -419,7 +395,7 @@ class Reading:
     mixture: Mixture
     seed: int
     parts: dict[str, Rows]
-    log: Callable[[Mixture, Source, dict[str, Any], str], None] = log_skip
+    log: Callable[[Mixture, Source, dict[str, Any], str], None] = _log_row
 
     def __post_init__(self):
         self.sources = {source.name: source for source in self.mixture.sources}

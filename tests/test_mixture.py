@@ -14,9 +14,10 @@ from test_readers import EXPECTED, GOLDENS, NEEDED, annotations
 from torch.utils.data import DataLoader
 
 from processing_mmgpt.annotations_mmgpt import confined
-from processing_mmgpt.mixture_mmgpt import count_skips, load_instruction_dataset, read_mixture
+from processing_mmgpt.mixture_mmgpt import load_instruction_dataset, read_mixture
 from processing_mmgpt.readers_mmgpt import READERS, TEXT_READERS
 from processing_mmgpt.report_mmgpt import LEARNT, PLAIN, draw, report
+from processing_mmgpt.skips_mmgpt import count_skips
 
 
 RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "multimodal_gpt.yaml"
