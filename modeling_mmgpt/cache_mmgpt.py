@@ -53,10 +53,9 @@ class MMGPTCache(EncoderDecoderCache):
         """Images of each row in the cache, `(B,)`; `None` before the first."""
         return None if self.image_slots is None else self.image_slots.amax(dim=1)
 
-    def add_images(self, slots: torch.Tensor) -> torch.Tensor:
-        """Append `(B, M)` new slots and return those of all images, `(B, M_all)`."""
+    def add_images(self, slots: torch.Tensor) -> None:
+        """Append `(B, M)` new slots."""
         self.image_slots = slots if self.image_slots is None else torch.cat([self.image_slots, slots], dim=1)
-        return self.image_slots
 
     def forget_tokens(self) -> None:
         """Empty the self-attention cache and keep the images."""

@@ -170,6 +170,12 @@ class MaskedCrossAttention(nn.Module):
         self.to_kv = nn.Linear(vision_width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, text_width, bias=False)
 
+    def keys_and_values(self, image_latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project images `(B, M, N, D_vision)` to keys and values, each `(B, H, M*N, head_dim)`."""
+        kv = self.to_kv(image_latents.flatten(1, 2))  # (B, M*N, 2*H*head_dim)
+        key, value = (split_heads(x, self.num_heads) for x in kv.chunk(2, dim=-1))
+        return key, value
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -181,21 +187,18 @@ class MaskedCrossAttention(nn.Module):
 
         Args:
             hidden_states: `(B, T, D)`.
-            image_latents: `(B, M, N, D_vision)` of the images that are not in the cache; `None` if all are.
-            mask: Bool `(B, 1, T, M_all*N)` over cached and new images; `None` for true everywhere.
-            cache: Keys and values of the images so far; the new ones are added.
+            image_latents: `(B, M, N, D_vision)`; `None` if the cache holds the images.
+            mask: Bool `(B, 1, T, M*N)`; `None` for true everywhere.
+            cache: Keys and values of the images, used where there are no latents.
 
         Returns:
-            `(B, T, D)`, and the weights `(B, H, T, M_all*N)` if the implementation is eager.
+            `(B, T, D)`, and the weights `(B, H, T, M*N)` if the implementation is eager.
         """
         query = split_heads(self.to_q(self.norm(hidden_states)), self.num_heads)  # (B, H, T, head_dim)
         if image_latents is None:
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
-            kv = self.to_kv(image_latents.flatten(1, 2))  # (B, M*N, 2*H*head_dim)
-            key, value = (split_heads(x, self.num_heads) for x in kv.chunk(2, dim=-1))  # (B, H, M*N, head_dim)
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)  # (B, H, M_all*N, head_dim)
+            key, value = self.keys_and_values(image_latents)  # (B, H, M*N, head_dim)
         attended, weights = attend(self, query, key, value, mask)
         return self.to_out(attended), weights
 
@@ -217,17 +220,18 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         image_latents: torch.Tensor | None,
-        index: torch.Tensor,
+        index: torch.Tensor | None,
         mask: torch.Tensor | None,
         cache: Cache | None = None,
         cross_attentions: list | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Let the images in; tensors are positional, as reentrant checkpointing demands.
 
         Args:
-            hidden_states: `(B, T, D)`.
+            hidden_states: `(B, T, D)`; `None` to add the keys and values of images to the cache, and no more: by the
+                same call, so that the weights are there where they are sharded or offloaded.
             image_latents: `(B, M, N, D_vision)`, or `None` where the cache holds all images.
             index: `(B, T)` from [`compute_image_index`]. At -1 the block is the identity, to the bit.
             mask: Bool `(B, 1, T, M*N)` from [`cross_attention_mask`], or `None`.
@@ -237,6 +241,9 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
         Returns:
             `(B, T, D)`.
         """
+        if hidden_states is None:
+            cache.update(*self.attn.keys_and_values(image_latents), self.attn.layer_idx)
+            return None
         attended, weights = self.attn(hidden_states, image_latents, mask, cache)
         if cross_attentions is not None:
             cross_attentions.append(weights.where((index > 0)[:, None, :, None], 0))

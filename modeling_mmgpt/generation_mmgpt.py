@@ -72,6 +72,9 @@ class MMGPTGenerationMixin(GenerationMixin):
             user_defined = getattr(model_kwargs["past_key_values"], "_is_user_defined", False)
             model_kwargs["past_key_values"] = MMGPTCache.wrap(model_kwargs["past_key_values"], self.config)
             model_kwargs["past_key_values"]._is_user_defined = user_defined
+            latents, slots = model_kwargs.pop("image_latents", None), model_kwargs.pop("image_slots", None)
+            if latents is not None:
+                self.model.cache_images(model_kwargs["past_key_values"], latents, slots)
 
     def prepare_inputs_for_generation(
         self,
@@ -90,7 +93,7 @@ class MMGPTGenerationMixin(GenerationMixin):
             past_key_values: The cache.
             is_first_iteration: Whether this belongs to the prefill.
             image_index: `(B, T_prompt)`, which image each token of the prompt attends to.
-            image_latents: `(B, M, N, D_vision)` of the new pictures.
+            image_latents: `(B, M, N, D_vision)` of the pictures, if there is no cache.
             image_slots: `(B, M)`, their numbers in their rows.
             **kwargs: Handed to transformers.
         """
@@ -99,16 +102,11 @@ class MMGPTGenerationMixin(GenerationMixin):
         )
         num_tokens = inputs["input_ids"].shape[1]
         start = input_ids.shape[1] - num_tokens
-        is_new = image_latents is not None
         if past_key_values is not None and is_first_iteration:
-            start = int(past_key_values.get_seq_length())
-            in_cache = past_key_values.image_count()  # all of them, from the second chunk on
-            is_new = is_new and (in_cache is None or bool((in_cache < image_slots.amax(dim=1)).any()))
-        elif past_key_values is not None:
-            is_new = False
+            start = int(past_key_values.get_seq_length())  # the tokens may be a chunk, from the middle of the prompt
         image_index = continue_image_index(image_index, start + num_tokens, self.config.media_attention)
         inputs["image_index"] = image_index[:, start : start + num_tokens].contiguous().to(self.device)
-        if is_new:
+        if past_key_values is None:
             inputs.update(image_latents=image_latents, image_slots=image_slots)
         return inputs
 

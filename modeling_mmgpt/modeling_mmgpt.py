@@ -17,7 +17,7 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
 
 from .cache_mmgpt import MMGPTCache
-from .conditioning_mmgpt import add_gated_blocks, decode
+from .conditioning_mmgpt import add_gated_blocks, decode, decoder_layers
 from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
 from .cross_attention_mmgpt import (
     MMGPTGatedCrossAttentionBlock,
@@ -211,7 +211,9 @@ class MMGPTModel(MMGPTPreTrainedModel):
         if image_latents is None and pixel_values is not None:
             image_latents = self.encode_images(pixel_values, num_frames, image_slots)
         if cache is not None:
-            image_slots = cache.image_slots if image_slots is None else cache.add_images(image_slots)
+            if image_latents is not None:
+                self.cache_images(cache, image_latents, image_slots)
+            image_latents, image_slots = None, cache.image_slots
         before = None
         if document_index is not None:
             if self.config.resampler["max_num_images"] is not None:
@@ -227,6 +229,20 @@ class MMGPTModel(MMGPTPreTrainedModel):
             "cache": None if cache is None else cache.cross_attention_cache,
             "cross_attentions": [] if output_attentions else None,
         }
+
+    def cache_images(self, cache: MMGPTCache, image_latents: torch.Tensor, image_slots: torch.LongTensor) -> None:
+        """Add images to a cache: their numbers, and in each block their keys and values, computed once an image.
+
+        Args:
+            cache: The cache.
+            image_latents: `(B, M, N, D_vision)`.
+            image_slots: `(B, M)`, their numbers in their rows, 0 for padding.
+        """
+        decoder, name = decoder_layers(self.text_model)
+        for layer in getattr(decoder, name):
+            if layer.gated_cross_attn_layer is not None:
+                layer.gated_cross_attn_layer(None, image_latents, None, None, cache.cross_attention_cache)
+        cache.add_images(image_slots)
 
     def locate_images(
         self,

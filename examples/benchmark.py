@@ -1,0 +1,526 @@
+"""Measure speed and memory beside what a user would run instead: Idefics, Mllama and the bare LM of transformers.
+
+    python examples/benchmark.py --output-dir outputs/benchmark            # one GPU, the shape of OpenFlamingo-9B
+    python examples/benchmark.py --tiny --output-dir outputs/benchmark     # a CPU, in a minute, to see that it runs
+
+All weights are random and all figures come from one run on one machine, so that a ratio is a ratio. Writes
+`benchmark.json` and `benchmark.png`, and prints the tables. `--parts` picks some of: roofline, decode, recompiles,
+train, mixture.
+"""
+
+import argparse
+import gc
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    CompileConfig,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    set_seed,
+)
+from transformers.modeling_utils import local_torch_dtype
+from trl.trainer.utils import add_fused_lm_head
+
+from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration
+from modeling_mmgpt.adapters_mmgpt import lora_config
+from modeling_mmgpt.conditioning_mmgpt import decoder_layers
+from processing_mmgpt.collator_mmgpt import fill_rows
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that all models of one run share."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    vision_width: int
+    vision_layers: int
+    patch: int
+    side: int
+    every: int
+
+    @property
+    def image_token(self) -> int:
+        """Id of `<image>`."""
+        return self.vocabulary - 2
+
+
+OPEN_FLAMINGO_9B = Shape(4096, 32, 32, 11008, 32_003, 1024, 24, 14, 224, 4)  # LLaMA-7B, ViT-L/14, a block every 4th
+TINY = Shape(256, 4, 4, 512, 512, 64, 2, 8, 32, 2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+# The models
+
+
+def llama(shape: Shape, layers: int, **more) -> dict:
+    """Sizes of the LM, as all three configs name them."""
+    return {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.intermediate,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **more,
+    }
+
+
+def build_mmgpt(shape: Shape) -> nn.Module:
+    """Ours, its gates open."""
+    vision = {"width": shape.vision_width, "layers": shape.vision_layers, "head_width": 64, "patch_size": shape.patch}
+    model = MMGPTForConditionalGeneration(
+        MMGPTConfig(
+            vision_config={**vision, "image_size": shape.side, "quick_gelu": True},
+            text_config=LlamaConfig(**llama(shape, shape.layers)),
+            cross_attn_every_n_layers=shape.every,
+            image_token_id=shape.image_token,
+            end_of_chunk_token_id=shape.image_token - 1,
+        )
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn_gate", "ff_gate")):
+            nn.init.constant_(parameter, 0.5)
+    return model
+
+
+def build_idefics(shape: Shape) -> nn.Module:
+    """Flamingo by Hugging Face, with a resampler of 64 latents."""
+    vision = {"embed_dim": shape.vision_width, "intermediate_size": 4 * shape.vision_width, "image_size": shape.side}
+    vision |= {"patch_size": shape.patch, "num_hidden_layers": shape.vision_layers}
+    config = IdeficsConfig(
+        **llama(shape, shape.layers),
+        additional_vocab_size=0,
+        alpha_initializer="ones",
+        cross_layer_interval=shape.every,
+        use_resampler=True,
+        vision_config={**vision, "num_attention_heads": shape.vision_width // 64},
+        perceiver_config={"use_resampler": True, "resampler_n_latents": 64, "resampler_depth": 6}
+        | {"resampler_n_heads": max(1, shape.vision_width // 128), "resampler_head_dim": 64},
+    )
+    return IdeficsForVisionText2Text(config)
+
+
+def build_mllama(shape: Shape) -> nn.Module:
+    """Llama 3.2 Vision, one tile, as many layers of cross-attention as we have blocks."""
+    blocks = shape.layers // shape.every
+    cross = [shape.every + k * (shape.every + 1) - 1 for k in range(blocks)]
+    vision = {
+        "hidden_size": shape.vision_width,
+        "intermediate_size": 4 * shape.vision_width,
+        "patch_size": shape.patch,
+    }
+    vision |= {"attention_heads": shape.vision_width // 64, "num_hidden_layers": shape.vision_layers}
+    vision |= {"num_global_layers": 1, "image_size": shape.side, "max_num_tiles": 1}
+    vision |= {"vision_output_dim": 2 * shape.vision_width, "intermediate_layers_indices": [shape.vision_layers - 1]}
+    text = llama(shape, shape.layers + blocks, num_key_value_heads=shape.heads, cross_attention_layers=cross)
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    config = MllamaConfig(
+        vision_config={**vision, "supported_aspect_ratios": [[1, 1]]},
+        text_config={**text, "rope_parameters": rope},
+        image_token_index=shape.image_token,
+    )
+    return MllamaForConditionalGeneration(config)
+
+
+def build_lm(shape: Shape) -> nn.Module:
+    """The bare LM."""
+    return LlamaForCausalLM(LlamaConfig(**llama(shape, shape.layers)))
+
+
+BUILD = {"mmgpt": build_mmgpt, "idefics": build_idefics, "mllama": build_mllama, "lm": build_lm}
+
+
+def build(kind: str, shape: Shape) -> nn.Module:
+    """Make a model of random weights on the device."""
+    set_seed(0)
+    with torch.device(DEVICE), local_torch_dtype(DTYPE, kind):
+        model = BUILD[kind](shape)
+    return model.to(DEVICE, DTYPE).eval()
+
+
+def inputs(kind: str, shape: Shape, rows: int, tokens: int, images: int) -> dict[str, torch.Tensor]:
+    """Make random text with its pictures spread over it, as the model of that kind takes them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, shape.vocabulary - 10, (rows, tokens), generator=generator)
+    ids[:, 1 :: tokens // images][:, :images] = shape.image_token
+    ids = ids.to(DEVICE)
+    pixels = torch.randn(rows, images, 3, shape.side, shape.side, generator=generator).to(DEVICE, DTYPE)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seen = (ids == shape.image_token).cumsum(-1)[..., None] == torch.arange(1, images + 1, device=DEVICE)  # (B, T, M)
+    if kind == "idefics":
+        batch |= {"pixel_values": pixels, "image_attention_mask": seen.long()}
+    elif kind == "mllama":
+        ones = torch.ones(rows, images, dtype=torch.long, device=DEVICE)
+        batch |= {"pixel_values": pixels[:, :, None], "cross_attention_mask": seen.long()[..., None]}
+        batch |= {"aspect_ratio_ids": ones, "aspect_ratio_mask": ones[..., None]}
+    elif kind == "mmgpt":
+        batch["pixel_values"] = pixels
+    return batch
+
+
+# The clock
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(run: Callable, repeats: int, warmup: int = 1) -> tuple[float, float | None]:
+    """Time a call.
+
+    Returns:
+        Seconds, the median over repeats, and the peak of the device's memory in GB, weights included.
+    """
+    for _ in range(warmup):
+        run()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else None
+
+
+def free() -> None:
+    """Give back what the last model held."""
+    gc.collect()
+    torch._dynamo.reset()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def roofline() -> dict[str, float]:
+    """Measure what the card does at best: a copy and a matrix product."""
+    size = 2**32 if DEVICE == "cuda" else 2**26
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy, _ = measure(partial(target.copy_, source), 10, 3)
+    n = 8192 if DEVICE == "cuda" else 512
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    product, _ = measure(partial(torch.matmul, a, b), 10, 3)
+    return {"copy_tb_s": 2 * size / copy / 1e12, "matmul_tflop_s": 2 * n**3 / product / 1e12}
+
+
+# Generation
+
+
+def generate(model: nn.Module, batch: dict, new_tokens: int, **options) -> torch.Tensor:
+    """Generate exactly so many tokens, greedily."""
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    return model.generate(**batch, **length, do_sample=False, pad_token_id=0, **options)
+
+
+def compile_encoder(model: nn.Module) -> None:
+    """Compile tower and resampler; `generate` compiles the rest by itself where the cache is static."""
+    backend = "inductor" if DEVICE == "cuda" else "eager"
+    model.model.vision_tower.compile(backend=backend)
+    model.model.resampler.compile(backend=backend)
+
+
+def compiled_options(tokens: int) -> dict:
+    """A static cache, and the prompt as one compiled chunk."""
+    compile_config = CompileConfig(fullgraph=True)
+    if DEVICE == "cpu":  # to see that it runs: the graph is traced, and no code is made of it
+        compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+        compile_config._compile_all_devices = True
+    return {"cache_implementation": "static", "prefill_chunk_size": tokens, "compile_config": compile_config}
+
+
+def measure_generation(
+    model: nn.Module, kind: str, shape: Shape, setting: str, cases: list[tuple[int, int, int]], new_tokens: int
+) -> list[dict]:
+    """Time prefill and decode of `(rows, images, tokens)` cases."""
+    measured = []
+    for rows, images, tokens in cases:
+        batch = inputs(kind, shape, rows, tokens, images)
+        options = compiled_options(tokens) if setting == "compiled" else {}
+        with torch.no_grad():
+            whole, peak = measure(partial(generate, model, batch, new_tokens, **options), 3, 2 if options else 1)
+            prefill, _ = measure(partial(generate, model, batch, 1, **options), 5, 2)
+        decode = (whole - prefill) / (new_tokens - 1)
+        row = {"model": kind, "setting": setting, "rows": rows, "images": images, "tokens": tokens}
+        row |= {"prefill_ms": prefill * 1e3, "decode_ms": decode * 1e3, "tokens_s": rows / decode, "peak_gb": peak}
+        measured.append(row)
+        print(json.dumps(row), flush=True)
+    return measured
+
+
+def bytes_a_token(model: nn.Module) -> int:
+    """What decoding one token has to read: each weight of LM and blocks, but for embedding and image keys."""
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if "text_model" in name and "embed_tokens" not in name and "to_kv" not in name
+    )
+
+
+def measure_decode(shape: Shape, kinds: list[str], tiny: bool) -> dict:
+    """Generation of all models, eager and compiled; rows, images, tokens."""
+    tokens, new_tokens = (16, 8) if tiny else (128, 64)
+    cases = [
+        (1, 1, tokens),
+        (8, 1, tokens),
+        (32, 1, tokens),
+        (1, 8, 4 * tokens),
+        (1, 1, 4 * tokens),
+        (1, 32, 8 * tokens),
+    ]
+    cases = cases[:1] + cases[3:4] if tiny else cases
+    rows, token_bytes = [], None
+    for kind in kinds:
+        model = build(kind, shape)
+        own = [case for case in cases if kind in ("mmgpt", "idefics", "mllama") or case[1] == 1]
+        own = own[:4] if kind in ("idefics", "mllama") else own
+        rows += measure_generation(model, kind, shape, "eager", own, new_tokens)
+        if kind == "mmgpt":
+            compile_encoder(model)
+            token_bytes = bytes_a_token(model)
+        if kind in ("mmgpt", "lm"):
+            rows += measure_generation(model, kind, shape, "compiled", own, new_tokens)
+        del model
+        free()
+    return {"rows": rows, "bytes_a_token": token_bytes}
+
+
+def count_recompiles(shape: Shape, tiny: bool) -> dict[str, int]:
+    """Recompiles over 50 requests of random length and number of pictures, after a warm-up over both."""
+    model = build("mmgpt", shape)
+    compile_encoder(model)
+    longest, most = (64, 4) if tiny else (512, 8)
+    rng = random.Random(0)
+    compiled = torch._dynamo.utils.counters["stats"]
+
+    warmup = [(longest, 1), (longest - 8, 2), (longest - 16, 0), (longest - 24, 3), (longest - 9, most)]
+    requests = [(rng.randint(2 * most, longest), rng.randint(0, most)) for _ in range(50)]
+    for number, (tokens, images) in enumerate(warmup + requests):
+        if number == len(warmup):
+            before = compiled["unique_graphs"]
+        batch = inputs("mmgpt", shape, 1, tokens, max(1, images))
+        if images == 0:
+            batch["input_ids"][batch["input_ids"] == shape.image_token] = 5
+            del batch["pixel_values"]
+        generate(model, batch, 4, **{**compiled_options(longest), "prefill_chunk_size": None})
+    after = compiled["unique_graphs"]
+    del model
+    free()
+    return {"requests": 50, "graphs_after_warmup": before, "recompiles": after - before}
+
+
+# Training
+
+
+def trainee(kind: str, shape: Shape, setting: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model with LoRA on the LM and the blocks, and its optimiser.
+
+    `plain` is PEFT as it comes; `fast` compiles the decoder layers and makes only the logits that have a label (TRL's
+    own loss); `lean` recomputes activations on top of that.
+    """
+    model = build(kind, shape).requires_grad_(False)
+    if kind == "mmgpt":
+        config = lora_config(model)
+    else:
+        config = LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    if setting != "plain":
+        add_fused_lm_head(model)
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if setting == "lean":
+        peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+        peft_model.enable_input_require_grads()
+    if setting != "plain":
+        decoder, name = decoder_layers(model.model.text_model)
+        for layer in getattr(decoder, name):
+            layer.compile(backend="inductor" if DEVICE == "cuda" else "eager")
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    return peft_model.train(), torch.optim.AdamW(trained, lr=1e-4, fused=DEVICE == "cuda")
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[dict], setting: str) -> None:
+    """One optimiser step over the batches, gradients added up."""
+    for batch in batches:
+        model(**batch, **({} if setting == "plain" else {"fused_lm_head": True})).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, steps: list[list[dict]], setting: str) -> None:
+    """A step for each list of batches."""
+    for batches in steps:
+        step(model, optimizer, batches, setting)
+
+
+def measure_training(shape: Shape, tiny: bool, kinds: list[str]) -> list[dict]:
+    """One LoRA step on full rows, 8 x 512 tokens with a picture each, half of the tokens learnt."""
+    rows, tokens = (2, 32) if tiny else (8, 512)
+    measured = []
+    for kind in kinds:
+        for setting in ("plain", "fast", "lean") if kind == "mmgpt" else ("plain",):
+            model, optimizer = trainee(kind, shape, setting)
+            batch = inputs(kind, shape, rows, tokens, 1)
+            labels = batch["input_ids"].clone()
+            labels[:, : tokens // 2] = -100
+            batches = [{**batch, "labels": labels}]
+            elapsed, peak = measure(partial(step, model, optimizer, batches, setting), 5, 3)
+            row = {"model": kind, "setting": setting, "rows": rows, "tokens": tokens}
+            row |= {"tokens_s": rows * tokens / elapsed, "peak_gb": peak}
+            row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            measured.append(row)
+            print(json.dumps(row), flush=True)
+            del model, optimizer, batch, batches
+            free()
+    return measured
+
+
+def documents(shape: Shape, count: int, longest: int, mean: int = 180, sigma: float = 0.8) -> list[dict]:
+    """Draw documents as instruction data has them: log-normal lengths, every other with a picture, half learnt."""
+    rng = random.Random(0)
+    drawn = []
+    for number in range(count):
+        length = min(longest, max(8, round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma))))
+        ids = [rng.randrange(5, shape.vocabulary - 10) for _ in range(length)]
+        if number % 2 == 0:
+            ids[1] = shape.image_token
+        drawn.append({"input_ids": ids, "image": number % 2 == 0})
+    return drawn
+
+
+def rows_of(shape: Shape, packed: list[list[dict]], width: int | None) -> dict[str, torch.Tensor]:
+    """Make a batch of rows that hold one or several documents each, padded to `width` or the longest."""
+    width = width or max(sum(len(d["input_ids"]) for d in row) for row in packed)
+    ids, labels, index = (torch.zeros(len(packed), width, dtype=torch.long) for _ in range(3))
+    labels -= 100
+    images = max(sum(d["image"] for d in row) for row in packed)
+    for number, row in enumerate(packed):
+        start = 0
+        for place, document in enumerate(row, start=1):
+            end = start + len(document["input_ids"])
+            ids[number, start:end] = torch.tensor(document["input_ids"])
+            labels[number, (start + end) // 2 : end] = ids[number, (start + end) // 2 : end]
+            index[number, start:end] = place
+            start = end
+    batch = {"input_ids": ids, "attention_mask": (index > 0).long(), "labels": labels}
+    if max(map(len, packed)) > 1:
+        batch["document_index"] = index
+    if images:
+        batch["pixel_values"] = torch.randn(len(packed), images, 3, shape.side, shape.side, dtype=DTYPE)
+    return {key: value.to(DEVICE) for key, value in batch.items()}
+
+
+def measure_mixture(shape: Shape, tiny: bool) -> list[dict]:
+    """Samples a second on documents of natural lengths: two padded passes a step against packed rows."""
+    batch, width, count = (4, 64, 32) if tiny else (16, 2048, 256)
+    mean = 20 if tiny else 180
+    drawn = documents(shape, count, width, mean)
+    kinds = [[d for d in drawn if d["image"]], [d for d in drawn if not d["image"]]]
+    half = batch // 2
+    alternating = [
+        [rows_of(shape, [[document] for document in kind[start : start + half]], None) for kind in kinds]
+        for start in range(0, len(kinds[0]), half)
+    ]
+    rows = fill_rows(drawn, width)
+    packed = [[rows_of(shape, rows[start : start + 2], width)] for start in range(0, len(rows) - 1, 2)]
+    seen = sum(len(row) for row in rows[: 2 * len(packed)])
+    measured = []
+    for name, setting, steps, samples in (
+        ("two padded passes", "plain", alternating, count),
+        ("packed", "fast", packed, seen),
+    ):
+        model, optimizer = trainee("mmgpt", shape, setting)
+
+        elapsed, peak = measure(partial(epoch, model, optimizer, steps, setting), 2)
+        row = {"loop": name, "setting": setting, "samples_s": samples / elapsed, "peak_gb": peak}
+        measured.append(row)
+        print(json.dumps(row), flush=True)
+        del model, optimizer
+        free()
+    return measured
+
+
+# The report
+
+
+def draw(result: dict, path: Path) -> None:
+    """Throughput against rows, and memory against pictures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    series: dict[str, list[dict]] = {}
+    for row in result["decode"]["rows"]:
+        series.setdefault(f"{row['model']}, {row['setting']}", []).append(row)
+    for name, rows in series.items():
+        one = sorted((r["rows"], r["tokens_s"]) for r in rows if r["images"] == 1 and r["tokens"] == rows[0]["tokens"])
+        left.plot(*zip(*one, strict=True), marker="o", label=name)
+        pictures = sorted((r["images"], r["peak_gb"] or 0) for r in rows if r["rows"] == 1)
+        right.plot(*zip(*pictures, strict=True), marker="o", label=name)
+    left.set(
+        xscale="log", yscale="log", xlabel="rows in a batch", ylabel="tokens / s", title="decode, one picture a row"
+    )
+    right.set(xlabel="pictures", ylabel="peak GB", title="memory, one row")
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmark"))
+    parser.add_argument("--kinds", nargs="+", default=list(BUILD), choices=list(BUILD), help="the models")
+    parts = ["roofline", "decode", "recompiles", "train", "mixture"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    shape = TINY if args.tiny else OPEN_FLAMINGO_9B
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    result = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+    run = {
+        "roofline": roofline,
+        "decode": lambda: measure_decode(shape, args.kinds, args.tiny),
+        "recompiles": lambda: count_recompiles(shape, args.tiny),
+        "train": lambda: measure_training(shape, args.tiny, args.kinds),
+        "mixture": lambda: measure_mixture(shape, args.tiny),
+    }
+    for part in args.parts:
+        result[part] = run[part]()
+        (args.output_dir / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(part, json.dumps(result[part]) if isinstance(result[part], dict) else "", flush=True)
+    if "decode" in result:
+        draw(result, args.output_dir / "benchmark.png")
+
+
+if __name__ == "__main__":
+    main()
