@@ -247,23 +247,23 @@ def compile_encoder(model: nn.Module) -> None:
     model.model.resampler.compile(backend=backend)
 
 
-def compiled_options(tokens: int) -> dict:
-    """A static cache, and the prompt as one compiled chunk."""
+def compiled_options(chunk: int | None) -> dict:
+    """A static cache, and with `chunk` a prompt of so many tokens compiled as well."""
     compile_config = CompileConfig(fullgraph=True)
     if DEVICE == "cpu":  # to see that it runs: the graph is traced, and no code is made of it
         compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
         compile_config._compile_all_devices = True
-    return {"cache_implementation": "static", "prefill_chunk_size": tokens, "compile_config": compile_config}
+    return {"cache_implementation": "static", "prefill_chunk_size": chunk, "compile_config": compile_config}
 
 
 def measure_generation(
     model: nn.Module, kind: str, shape: Shape, setting: str, cases: list[tuple[int, int, int]], new_tokens: int
 ) -> list[dict]:
-    """Time prefill and decode of `(rows, images, tokens)` cases."""
+    """Time prefill and decode of `(rows, images, tokens)` cases; a prefill of many rows is not worth compiling."""
     measured = []
     for rows, images, tokens in cases:
         batch = inputs(kind, shape, rows, tokens, images)
-        options = compiled_options(tokens) if setting == "compiled" else {}
+        options = compiled_options(tokens if rows == 1 else None) if setting == "compiled" else {}
         with torch.no_grad():
             whole, peak = measure(partial(generate, model, batch, new_tokens, **options), 3, 2 if options else 1)
             prefill, _ = measure(partial(generate, model, batch, 1, **options), 5, 2)
@@ -285,28 +285,29 @@ def bytes_a_token(model: nn.Module) -> int:
 
 
 def measure_decode(shape: Shape, kinds: list[str], tiny: bool) -> dict:
-    """Generation of all models, eager and compiled; rows, images, tokens."""
+    """Generation of all models, eager and compiled; a case is rows, images, tokens."""
     tokens, new_tokens = (16, 8) if tiny else (128, 64)
-    cases = [
-        (1, 1, tokens),
-        (8, 1, tokens),
-        (32, 1, tokens),
-        (1, 8, 4 * tokens),
-        (1, 1, 4 * tokens),
-        (1, 32, 8 * tokens),
-    ]
-    cases = cases[:1] + cases[3:4] if tiny else cases
+    one = [(1, 1, tokens), (8, 1, tokens), (32, 1, tokens)]
+    several = [(1, 1, 4 * tokens), (1, 8, 4 * tokens)]
+    cases = {
+        ("mmgpt", "eager"): [*one[:1], several[1], (1, 32, 8 * tokens)],
+        ("mmgpt", "compiled"): [*one[:1], *several, *one[1:]],
+        ("idefics", "eager"): [*one, several[1]],
+        ("mllama", "eager"): [*one, several[1]],
+        ("lm", "eager"): one[:1],
+        ("lm", "compiled"): one[:1],
+    }
+    if tiny:
+        cases = {key: list(dict.fromkeys([one[0], of_kind[-1]])) for key, of_kind in cases.items()}
     rows, token_bytes = [], None
     for kind in kinds:
         model = build(kind, shape)
-        own = [case for case in cases if kind in ("mmgpt", "idefics", "mllama") or case[1] == 1]
-        own = own[:4] if kind in ("idefics", "mllama") else own
-        rows += measure_generation(model, kind, shape, "eager", own, new_tokens)
+        rows += measure_generation(model, kind, shape, "eager", cases[kind, "eager"], new_tokens)
         if kind == "mmgpt":
             compile_encoder(model)
             token_bytes = bytes_a_token(model)
-        if kind in ("mmgpt", "lm"):
-            rows += measure_generation(model, kind, shape, "compiled", own, new_tokens)
+        if (kind, "compiled") in cases:
+            rows += measure_generation(model, kind, shape, "compiled", cases[kind, "compiled"], new_tokens)
         del model
         free()
     return {"rows": rows, "bytes_a_token": token_bytes}
@@ -329,7 +330,7 @@ def count_recompiles(shape: Shape, tiny: bool) -> dict[str, int]:
         if images == 0:
             batch["input_ids"][batch["input_ids"] == shape.image_token] = 5
             del batch["pixel_values"]
-        generate(model, batch, 4, **{**compiled_options(longest), "prefill_chunk_size": None})
+        generate(model, batch, 4, **compiled_options(None))
     after = compiled["unique_graphs"]
     del model
     free()
@@ -357,6 +358,7 @@ def trainee(kind: str, shape: Shape, setting: str) -> tuple[nn.Module, torch.opt
         peft_model.gradient_checkpointing_enable({"use_reentrant": False})
         peft_model.enable_input_require_grads()
     if setting != "plain":
+        compile_encoder(model)
         decoder, name = decoder_layers(model.model.text_model)
         for layer in getattr(decoder, name):
             layer.compile(backend="inductor" if DEVICE == "cuda" else "eager")
@@ -413,8 +415,9 @@ def documents(shape: Shape, count: int, longest: int, mean: int = 180, sigma: fl
     return drawn
 
 
-def rows_of(shape: Shape, packed: list[list[dict]], width: int | None) -> dict[str, torch.Tensor]:
-    """Make a batch of rows that hold one or several documents each, padded to `width` or the longest."""
+def rows_of(shape: Shape, packed: list[list[dict]], width: int | None = None) -> dict[str, torch.Tensor]:
+    """Make a batch of rows: packed ones of `width` tokens, or of one document each, padded to the longest."""
+    is_packed = width is not None
     width = width or max(sum(len(d["input_ids"]) for d in row) for row in packed)
     ids, labels, index = (torch.zeros(len(packed), width, dtype=torch.long) for _ in range(3))
     labels -= 100
@@ -428,7 +431,7 @@ def rows_of(shape: Shape, packed: list[list[dict]], width: int | None) -> dict[s
             index[number, start:end] = place
             start = end
     batch = {"input_ids": ids, "attention_mask": (index > 0).long(), "labels": labels}
-    if max(map(len, packed)) > 1:
+    if is_packed:
         batch["document_index"] = index
     if images:
         batch["pixel_values"] = torch.randn(len(packed), images, 3, shape.side, shape.side, dtype=DTYPE)
@@ -443,7 +446,7 @@ def measure_mixture(shape: Shape, tiny: bool) -> list[dict]:
     kinds = [[d for d in drawn if d["image"]], [d for d in drawn if not d["image"]]]
     half = batch // 2
     alternating = [
-        [rows_of(shape, [[document] for document in kind[start : start + half]], None) for kind in kinds]
+        [rows_of(shape, [[document] for document in kind[start : start + half]]) for kind in kinds]
         for start in range(0, len(kinds[0]), half)
     ]
     rows = fill_rows(drawn, width)

@@ -81,13 +81,14 @@ def compute_image_slots(index: torch.Tensor, num_images: int, past_images: torch
     return slots.where(slots <= index.amax(dim=1, keepdim=True), 0)
 
 
-def continue_image_index(index: torch.Tensor, length: int, media_attention: str) -> torch.Tensor:
-    """Extend `(B, T)` to `(B, length)` for tokens that follow without a picture of their own.
+def continue_image_index(index: torch.Tensor, start: int, end: int, media_attention: str) -> torch.Tensor:
+    """Cut tokens `start` to `end` out of `(B, T)`, continued for tokens that follow without a picture of their own.
 
-    An `<image>` among them, generated or looked up, stands for no picture and moves nothing.
+    An `<image>` among those, generated or looked up, stands for no picture and moves nothing.
     """
     last = index[:, -1:].clamp(max=0) if media_attention == "following" else index[:, -1:]
-    return torch.cat([index, last.expand(-1, max(0, length - index.shape[1]))], dim=1)
+    num_following = max(0, end - max(start, index.shape[1]))
+    return torch.cat([index[:, start:end], last.expand(-1, num_following)], dim=1)
 
 
 def check_image_counts(new_tokens: torch.Tensor, num_images: int, continues: bool) -> None:

@@ -104,8 +104,10 @@ class MMGPTGenerationMixin(GenerationMixin):
         start = input_ids.shape[1] - num_tokens
         if past_key_values is not None and is_first_iteration:
             start = int(past_key_values.get_seq_length())  # the tokens may be a chunk, from the middle of the prompt
-        image_index = continue_image_index(image_index, start + num_tokens, self.config.media_attention)
-        inputs["image_index"] = image_index[:, start : start + num_tokens].contiguous().to(self.device)
+        end = start + num_tokens
+        inputs["image_index"] = continue_image_index(image_index, start, end, self.config.media_attention).to(
+            self.device
+        )
         if past_key_values is None:
             inputs.update(image_latents=image_latents, image_slots=image_slots)
         return inputs
