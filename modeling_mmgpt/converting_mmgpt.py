@@ -3,6 +3,9 @@
     python -m modeling_mmgpt.converting_mmgpt flamingo --help
     python -m modeling_mmgpt.converting_mmgpt lora --help
 
+These make the folder of a model or an adapter. `examples/convert_checkpoint.py` puts its processor beside it, and
+`docs/old_checkpoints.md` says what each released checkpoint needs.
+
 Every key of an old file is used, known to be redundant, or an error. Nothing in a file is ever run. The old names:
 https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/src/flamingo.py,
 https://github.com/open-mmlab/Multimodal-GPT/blob/main/mmgpt/train/train_utils.py.
@@ -133,7 +136,7 @@ def convert_flamingo(
         _add_head(found, lm_head, text_model)
     ids = {"image": image_token_id, "end_of_chunk": end_of_chunk_token_id, "pad": pad_token_id}
     _resize_vocabulary(text_model, found, ids)
-    tower_weights, tower_config = _load_tower(vision_tower, vision_config, vision_post_norm)
+    tower_weights, tower_config = _load_tower(vision_tower, vision_config, vision_post_norm, text_model.dtype)
     model = MMGPTForConditionalGeneration.from_vision_text_pretrained(
         tower_weights,
         text_model,
@@ -176,7 +179,7 @@ def convert_lora(
     """
     import peft
 
-    _check_free(output_dir)
+    check_free(output_dir)
     weights, settings = read_weights(lora_checkpoint)
     lora_alpha = _lora_alpha(lora_checkpoint, settings, lora_alpha)
     config = AutoConfig.from_pretrained(base)
@@ -194,7 +197,7 @@ def convert_lora(
         base_model_name_or_path=str(Path(base).resolve() if Path(base).exists() else base),
         inference_mode=True,
     )
-    with _new_folder(output_dir) as folder:
+    with new_folder(output_dir) as folder:
         adapter.save_pretrained(folder)
         tensors = {f"base_model.model.{name}": tensor for name, (_, tensor) in found.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -293,9 +296,9 @@ def _resize_vocabulary(text_model: PreTrainedModel, found: dict, ids: dict[str, 
 
 
 def _load_tower(
-    vision_tower: str | os.PathLike, vision_config: str | dict, post_norm: bool
+    vision_tower: str | os.PathLike, vision_config: str | dict, post_norm: bool, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], MMGPTVisionConfig]:
-    """Read the tower's weights, and its config with `post_norm`."""
+    """Read the tower's weights, as `dtype`, and its config with `post_norm`."""
     vision = str(vision_tower)
     if Path(vision).is_file() or vision.endswith((".safetensors", ".pt", ".bin")):
         vision, _ = read_weights(vision)
@@ -303,7 +306,7 @@ def _load_tower(
         raise ValueError(f"{vision!r} is no file, and as a pretrained tag it needs the open_clip name of its model.")
     tower, config = load_vision_tower(vision, vision_config)
     config.post_norm = post_norm
-    return tower.state_dict(), config
+    return tower.to(dtype).state_dict(), config
 
 
 def _resampler_sizes(found: dict) -> dict[str, int]:
@@ -440,14 +443,18 @@ def _target_pattern(names: set[str]) -> str:
     return rf"model\.text_model\..*\.({'|'.join(re.escape(target) for target in sorted(targets))})"
 
 
-def _check_free(path: str | os.PathLike) -> None:
-    """Raise if something stands where a folder is to be made."""
+def check_free(path: str | os.PathLike) -> None:
+    """Look before a long work whether its folder can be made.
+
+    Raises:
+        FileExistsError: If something stands there.
+    """
     if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
         raise FileExistsError(f"{path} exists already: give a new folder.")
 
 
 @contextmanager
-def _new_folder(path: str | os.PathLike) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Give a folder that takes its name only if all went well, and else disappears."""
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -501,12 +508,12 @@ def main() -> None:
         convert_lora(**arguments)
         return
     output_dir = arguments.pop("output_dir")
-    _check_free(output_dir)
+    check_free(output_dir)
     if arguments["vision_config"].endswith(".json"):
         arguments["vision_config"] = json.loads(Path(arguments["vision_config"]).read_text())
     arguments["dtype"] = arguments["dtype"] and getattr(torch, arguments["dtype"])
     model = convert_flamingo(**arguments)
-    with _new_folder(output_dir) as folder:
+    with new_folder(output_dir) as folder:
         model.save_pretrained(folder, max_shard_size="5GB")
 
 

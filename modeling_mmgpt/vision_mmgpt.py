@@ -64,6 +64,32 @@ def patch_tokens(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return tower(pixel_values=pixels).last_hidden_state[:, -num_patches:]
 
 
+def pooled_features(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Describe each picture by one vector, to compare pictures by their cosine.
+
+    It is the class token (of SigLIP: the pooled one) after the tower's last norm. OpenFlamingo compares after CLIP's
+    projection into its joint space, and by a ViT-B/32 of its own
+    (https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/eval/rices.py); our towers have no
+    projection, for no token passes it.
+
+    Args:
+        tower: From [`build_vision_tower`].
+        pixels: `(K, 3, height, width)`.
+
+    Returns:
+        `(K, D)`.
+
+    Raises:
+        ValueError: If the tower does not pool.
+    """
+    if not isinstance(tower, PreTrainedModel):
+        return tower(pixels)[0]
+    pooled = tower(pixel_values=pixels).pooler_output
+    if pooled is None:
+        raise ValueError(f"{type(tower).__name__} gives no pooled feature; average its patch tokens, for example.")
+    return pooled
+
+
 def load_vision_tower(
     vision: str | dict[str, torch.Tensor] | PreTrainedModel,
     config: str | dict | MMGPTVisionConfig | None,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .messages_mmgpt import fill_images, normalise
+from .messages_mmgpt import normalise, take_images
 from .readers_mmgpt import READERS
 
 
@@ -46,18 +46,19 @@ def read_record(record: Any, reader: str, root: str | None, rng: random.Random) 
 def _in_our_form(record: dict[str, Any]) -> dict[str, list]:
     """Move the sources of pictures out of the messages."""
     try:
-        messages = normalise(record.get("messages"))
-        images = fill_images(messages, record.get("images"))
+        messages, images = take_images(normalise(record.get("messages")), record.get("images"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"The messages are not in order: {error}") from error
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("The messages hold no response to learn from.")
-    for message in messages:
-        message["content"] = [{"type": "image"} if p["type"] == "image" else p for p in message["content"]]
     return {"messages": messages, "images": images}
 
 
 def _picture(image: Any, root: str | None) -> Any:
+    if isinstance(image, list | tuple):  # the frames of a video
+        return [_picture(frame, root) for frame in image]
+    if isinstance(image, dict) and image.get("type") == "video":
+        return {"type": "video", "video": _picture(image.get("video"), root)}
     if isinstance(image, dict):  # a picture of `datasets` that is not decoded
         return image["bytes"] if image.get("bytes") is not None else _picture(image.get("path"), root)
     if not isinstance(image, str) or image.startswith("data:"):

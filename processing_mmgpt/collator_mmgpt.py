@@ -128,7 +128,7 @@ class MMGPTCollator:
                     f"Nothing is left to learn from: its first exchange alone has {len(row['input_ids'])} tokens, and "
                     f"max_length is {self.max_length}."
                 )
-            images = images and images[: sum(source is None for source in image_parts(messages))]
+            images = images and images[: sum(source is None for _, source in image_parts(messages))]
 
 
 def without_last_exchange(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

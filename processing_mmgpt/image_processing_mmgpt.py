@@ -1,4 +1,6 @@
-"""Pictures to pixels, bit for bit as open_clip's evaluation transform."""
+"""Pictures and videos to pixels, bit for bit as open_clip's evaluation transform."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -7,6 +9,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .pictures_mmgpt import open_picture
+from .videos_mmgpt import open_video
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -24,6 +27,9 @@ class MMGPTImageProcessor(BaseImageProcessor):
         size: Side of the square result, in pixels.
         image_mean: Mean of each channel, of values in 0..1.
         image_std: Standard deviation of each channel.
+        video_fps: Frames a second that are taken from a video file.
+        max_num_frames: The most frames of a video file; `None` for no limit. Where the model has frame embeddings,
+            at most so many: `config.resampler["max_num_frames"]`.
     """
 
     model_input_names = ["pixel_values"]
@@ -33,6 +39,8 @@ class MMGPTImageProcessor(BaseImageProcessor):
         size: int = 224,
         image_mean: tuple[float, float, float] = CLIP_MEAN,
         image_std: tuple[float, float, float] = CLIP_STD,
+        video_fps: float = 1.0,
+        max_num_frames: int | None = 8,
         **kwargs,
     ):
         kwargs = {key: value for key, value in kwargs.items() if key not in ("image_processor_type", "auto_map")}
@@ -41,6 +49,10 @@ class MMGPTImageProcessor(BaseImageProcessor):
         self.size = size
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
+        if video_fps <= 0 or (max_num_frames is not None and max_num_frames < 1):
+            raise ValueError(f"video_fps is {video_fps}, max_num_frames {max_num_frames}; both have to be positive.")
+        self.video_fps = video_fps
+        self.max_num_frames = max_num_frames
 
     def pixels(self, picture: Image.Image | np.ndarray | str | bytes) -> torch.Tensor:
         """Turn one picture, given in any form of `open_picture`, into floats `(3, size, size)`."""
@@ -49,6 +61,21 @@ class MMGPTImageProcessor(BaseImageProcessor):
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (3, size, size), bytes
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         return pixels.float().div(255).sub(mean).div(std)
+
+    def frames(self, picture: Any) -> torch.Tensor:
+        """Turn a picture or a video into floats `(F, 3, size, size)`.
+
+        Args:
+            picture: A picture, of which `F` is 1; a list of pictures, the frames of a video, all of which are taken;
+                or `{"type": "video", "video": file}`, a path or bytes, which is sampled at `video_fps`.
+        """
+        if isinstance(picture, dict) and picture.get("type") == "video":
+            picture = open_video(picture["video"], self.video_fps, self.max_num_frames)
+        if isinstance(picture, list | tuple):
+            if not picture:
+                raise ValueError("A video needs at least one frame; the list is empty.")
+            return torch.stack([self.pixels(frame) for frame in picture])
+        return self.pixels(picture)[None]
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
         """Turn a picture or a list of pictures into `pixel_values` `(K, 3, size, size)`."""

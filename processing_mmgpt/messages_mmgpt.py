@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 
-CONTENT_TYPES = {"system": ("text",), "user": ("image", "text", "input"), "assistant": ("text",)}
-IMAGE_SOURCES = ("image", "url", "path", "base64")
+CONTENT_TYPES = {"system": ("text",), "user": ("image", "video", "text", "input"), "assistant": ("text",)}
+IMAGE_SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
 # Where a control token stands literally in somebody's text, rendering carries this private character and one more that
 # numbers the token: neither the template nor the tokenizer can take them for control.
@@ -16,8 +16,9 @@ HIDDEN = "\U000f0000"
 def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Check messages and bring them into one form.
 
-    Every content becomes a list: its images, then at most one text, then at most one input. Texts of one message are
-    joined, by line breaks in a user's turn; so nothing can be spelt across two parts that is not seen in one.
+    Every content becomes a list: its images and videos, then at most one text, then at most one input. Texts of one
+    message are joined, by line breaks in a user's turn; so nothing can be spelt across two parts that is not seen in
+    one.
 
     Args:
         messages: Chat messages of transformers; a string content is one text part. `datasets` pads the parts of a
@@ -53,7 +54,7 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"Message {number} has the content {content!r}; it has to be a string or a list of parts."
             )
         parts = [_part(part, role, number) for part in content]
-        images = [part for part in parts if part["type"] == "image"]
+        images = [part for part in parts if part["type"] in IMAGE_SOURCES]
         separator = "\n" if role == "user" else ""
         texts = [_joined(kind, parts, separator) for kind in ("text", "input")]
         result.append({"role": role, "content": [*images, *filter(None, texts)]})
@@ -74,18 +75,45 @@ def _part(part: Any, role: str, number: int) -> dict[str, Any]:
             f"Message {number} has a content part of type {part.get('type')!r}; in a {role} turn it has to be one of "
             f"{list(CONTENT_TYPES[role])}."
         )
-    if part["type"] != "image" and not isinstance(part.get("text"), str):
+    if part["type"] not in IMAGE_SOURCES and not isinstance(part.get("text"), str):
         raise ValueError(f"Message {number} has a content part of type {part['type']!r} without a text: {part!r}.")
     return part
 
 
-def image_parts(messages: list[dict[str, Any]]) -> Iterator[Any]:
-    """The source of each image in order; `None` where a part only marks the place."""
+def image_parts(messages: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The type and the source of each image or video in order; the source is `None` if a part only marks the place.
+
+    A video's source is a list of frames, or `{"type": "video", "video": file}`, which a file of pictures is not.
+    """
     for message in messages:
         for part in message["content"]:
-            if part["type"] == "image":
-                key = next((key for key in IMAGE_SOURCES if key in part), None)
-                yield f"data:;base64,{part[key]}" if key == "base64" else part.get(key)
+            if part["type"] in IMAGE_SOURCES:
+                key = next((key for key in IMAGE_SOURCES[part["type"]] if key in part), None)
+                source = f"data:;base64,{part[key]}" if key == "base64" else part.get(key)
+                yield part["type"], _marked(part["type"], source)
+
+
+def _marked(kind: str, source: Any) -> Any:
+    """Mark the file of a video as such."""
+    is_file = kind == "video" and source is not None and not isinstance(source, list | tuple | dict)
+    return {"type": "video", "video": source} if is_file else source
+
+
+def take_images(messages: list[dict[str, Any]], images: list | None = None) -> tuple[list[dict[str, Any]], list]:
+    """Take the sources of pictures out of normalised messages.
+
+    Returns:
+        New messages, whose image and video parts only mark a place, and the pictures for these places.
+
+    Raises:
+        ValueError: If places and pictures differ in number.
+    """
+    pictures = fill_images(messages, images)
+    marked = [
+        {**m, "content": [{"type": p["type"]} if p["type"] in IMAGE_SOURCES else p for p in m["content"]]}
+        for m in messages
+    ]
+    return marked, pictures
 
 
 def fill_images(messages: list[dict[str, Any]], images: list | None) -> list:
@@ -96,13 +124,13 @@ def fill_images(messages: list[dict[str, Any]], images: list | None) -> list:
     """
     sources = list(image_parts(messages))
     given = list(images) if images is not None else []
-    places = sum(source is None for source in sources)
+    places = sum(source is None for _, source in sources)
     if places != len(given):
         raise ValueError(
             f"The messages mark the place of {places} images without a source, and {len(given)} images were given."
         )
     rest = iter(given)
-    return [next(rest) if source is None else source for source in sources]
+    return [_marked(kind, next(rest)) if source is None else source for kind, source in sources]
 
 
 def hide_control_tokens(messages: list[dict[str, Any]], tokens: list[str]) -> list[dict[str, Any]]:

@@ -441,6 +441,8 @@ class Reading:
         return random.Random(f"{self.seed}/{row['source']}/{row['file']}/{row['row']}/{purpose}")
 
     def _picture(self, image: Any) -> Any:
+        if isinstance(image, dict | list):
+            return image  # a video, which no policy is for: whoever makes pixels of it opens it
         if self.mixture.on_bad_image != "raise":
             return open_picture(image)
         if isinstance(image, str) and not image.startswith("data:") and not os.path.isfile(image):

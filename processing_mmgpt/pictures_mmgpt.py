@@ -34,12 +34,17 @@ def open_picture(source: Image.Image | np.ndarray | str | os.PathLike | bytes) -
         return _decode(io.BytesIO(source), "picture bytes")
     if isinstance(source, str) and source.startswith("data:"):
         return _decode(io.BytesIO(_data_url(source)), "data URL")
-    if isinstance(source, str) and source.startswith(("http://", "https://", "ftp://", "file://")):
-        raise ValueError(f"Pictures are not fetched from {source!r}: load it yourself and give the picture or a path.")
     if isinstance(source, str | os.PathLike):
+        reject_remote(source)
         with Path(source).open("rb") as file:
             return _decode(file, str(source))
     raise TypeError(f"A picture is a PIL picture, an array, a path, bytes or a data URL; got {type(source).__name__}.")
+
+
+def reject_remote(source: str | os.PathLike) -> None:
+    """Raise if a path is an address: nothing is fetched from a network."""
+    if str(source).startswith(("http://", "https://", "ftp://", "file://")):
+        raise ValueError(f"Nothing is fetched from {source!r}: load it yourself and give its content or a path.")
 
 
 def _decode(file, name: str) -> Image.Image:

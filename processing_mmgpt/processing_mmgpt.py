@@ -91,7 +91,7 @@ class MMGPTProcessor(ProcessorMixin):
         Args:
             text: One text or several; each `<image>` in them stands for a picture.
             images: A picture, a flat list that the texts share out by their `<image>`s, or a list for each text. In
-                place of a picture, a list of pictures is a video.
+                place of a picture, a list of pictures or `{"type": "video", "video": file}` is a video.
             padding: As in a tokenizer.
             padding_side: `"left"` for generation, `"right"` for training.
             return_tensors: `"pt"`, or `None` for ids as lists.
@@ -307,7 +307,7 @@ class MMGPTProcessor(ProcessorMixin):
         """Stack the pictures of each row, zeros where a row has fewer.
 
         Args:
-            images: For each row its pictures; in place of a picture, a list of pictures is a video.
+            images: For each row its pictures and videos, in the forms of [`MMGPTImageProcessor.frames`].
 
         Returns:
             Nothing if no row has a picture; else `pixel_values` `(B, M, 3, size, size)`, or with a video
@@ -316,18 +316,19 @@ class MMGPTProcessor(ProcessorMixin):
         num_images = max(map(len, images), default=0)
         if num_images == 0:
             return {}
-        is_video = any(isinstance(picture, list | tuple) for row in images for picture in row)
-        size = self.image_processor.size
-        frames = [[p if isinstance(p, list | tuple) else [p] for p in row] for row in images]
+        is_video = any(isinstance(picture, list | tuple | dict) for row in images for picture in row)
+        frames: list[list[torch.Tensor]] = []  # each (F, 3, size, size)
+        for row, pictures in enumerate(images):
+            try:
+                frames.append([self.image_processor.frames(picture) for picture in pictures])
+            except ValueError as error:
+                raise ValueError(f"Row {row}: {error}") from error
         num_frames = torch.tensor([[len(p) for p in row] + [1] * (num_images - len(row)) for row in frames])  # (B, M)
+        size = self.image_processor.size
         pixel_values = torch.zeros(len(images), num_images, int(num_frames.max()), 3, size, size)
         for row, pictures in enumerate(frames):
-            for column, picture in enumerate(pictures):
-                for number, frame in enumerate(picture):
-                    try:
-                        pixel_values[row, column, number] = self.image_processor.pixels(frame)
-                    except ValueError as error:
-                        raise ValueError(f"Row {row}: {error}") from error
+            for column, pixels in enumerate(pictures):
+                pixel_values[row, column, : len(pixels)] = pixels
         if is_video:
             return {"pixel_values": pixel_values, "num_frames": num_frames}
         return {"pixel_values": pixel_values[:, :, 0]}

@@ -10,20 +10,23 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import convert_checkpoint
 import open_clip
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MptConfig
+from tiny_world import evaluation
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, MptConfig
 from transformers.utils import logging as transformers_logging
 
-from modeling_mmgpt import MMGPTForConditionalGeneration
+from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
 from modeling_mmgpt import converting_mmgpt as converting
 from modeling_mmgpt.conditioning_mmgpt import decoder_layers
 from modeling_mmgpt.converting_mmgpt import convert_flamingo, convert_lora
@@ -911,6 +914,86 @@ def test_the_command_line_converts_both(tmp_path, monkeypatch):
     converting.main()
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "vision.json"]
+
+
+@torch.no_grad()
+def test_the_program_leaves_what_auto_model_and_auto_processor_load(
+    make_model, old_files, base_tokenizer, picture, tmp_path, monkeypatch
+):
+    """Here the tokenizer says which ids the control tokens have, and the heads are OpenFlamingo's."""
+    heads = {"num_heads": 8, "head_dim": 64}
+    model = make_model(resampler={**heads, "depth": 1, "num_latents": 4}, cross_attention=heads)
+    options = old_files(model, filtered, rows=272)
+    base_tokenizer.save_pretrained(options["language_model"])
+    (tmp_path / "vision.json").write_text(json.dumps(options["vision_config"]))
+    line = ["x", "flamingo", options["checkpoint"], options["language_model"], tmp_path / "out"]
+    line += ["--vision_tower", options["vision_tower"], "--vision_config", tmp_path / "vision.json"]
+    line += ["--cross_attn_every_n_layers", 2, "--media_attention", "preceding"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in line])
+    convert_checkpoint.main()
+    again = AutoModel.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    config = again.config
+    assert (config.image_token_id, config.end_of_chunk_token_id) == (259, 258)
+    assert (processor.image_token_id, config.text_config.pad_token_id) == (259, 260)
+    batch = processor(["a<image>b"], images=[picture(0)])
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    with pytest.raises(FileExistsError, match="out exists already"):
+        convert_checkpoint.main()
+
+
+@torch.no_grad()
+def test_the_program_gives_an_adapter_the_processor_of_its_base(base, tmp_path, processor, monkeypatch):
+    whole = tmp_path / "base"
+    shutil.copytree(base, whole)
+    lora = LORA / "final_weights_mmengine_config.pt"
+    monkeypatch.setattr(sys, "argv", [str(word) for word in ("x", "lora", lora, whole, tmp_path / "adapter")])
+    with pytest.raises(OSError):
+        convert_checkpoint.main()  # the base has no processor
+    assert not (tmp_path / "adapter").exists()
+    processor.save_pretrained(whole)
+    convert_checkpoint.main()
+    assert AutoProcessor.from_pretrained(tmp_path / "adapter").image_token_id == 259
+    assert len([name for name, _ in AutoModel.from_pretrained(tmp_path / "adapter").named_parameters()]) > 52
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "every", "rows", "parameters", "trained"),
+    [
+        ("llama", {}, 4, 32_003, 8_220_454_928, 1_309_919_248),
+        ("mpt", {"d_model": 4096, "n_heads": 32, "n_layers": 32}, 4, 50_280, 8_130_678_800, 1_384_781_840),
+        (
+            "gpt_neox",
+            {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
+            *(2, 50_280, 4_039_029_792, 1_089_480_736),
+        ),
+    ],
+)
+def test_sizes_of_the_released_models(family, sizes, every, rows, parameters, trained):
+    """Those in `docs/old_checkpoints.md`: of the model, and of what OpenFlamingo trained and saved."""
+    config = MMGPTConfig(
+        vision_config=MMGPTVisionConfig.from_open_clip("ViT-L-14-quickgelu"),
+        text_config=AutoConfig.for_model(family, vocab_size=rows, **sizes),
+        cross_attn_every_n_layers=every,
+    )
+    with torch.device("meta"):
+        model = MMGPTForConditionalGeneration(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    saved = [p for name, p in model.named_parameters() if "gated_cross_attn_layer" in name or "resampler" in name]
+    assert sum(p.numel() for p in [*saved, model.get_input_embeddings().weight]) == trained
+
+
+@pytest.mark.bars
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts in KiB")
+def test_the_peak_memory_is_at_most_1_3_times_the_weights():
+    """Of 1.6 B parameters; `python tests/measure_converting.py --layers 32` measures the whole 9B."""
+    program = Path(__file__).with_name("measure_converting.py")
+    done = subprocess.run([sys.executable, program, "--layers", "4"], stdout=subprocess.PIPE, text=True, check=True)
+    measured = json.loads(done.stdout)
+    command = "pytest -m bars tests/test_converting.py -k peak"
+    results = Path(__file__).with_name("results") / "converting_memory.json"
+    results.write_text(json.dumps({**evaluation.measured_with(command), **measured}, indent=1, sort_keys=True) + "\n")
+    assert measured["weights"] > 3e9 and measured["ratio"] <= 1.3
 
 
 def test_gelu_is_what_the_config_says():

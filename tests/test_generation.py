@@ -4,9 +4,9 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import AutoConfig, DynamicCache, StaticCache, TextIteratorStreamer
 
-from modeling_mmgpt import MMGPTCache
+from modeling_mmgpt import MMGPTCache, MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
 
 
 MODES = ("preceding", "all_preceding", "following")
@@ -323,3 +323,52 @@ def test_a_streamer_yields_the_text(model, processor, ids, pixels):
     batch = ids("ab#c")
     tokens = new_tokens(model, batch, pixel_values=pixels(1, 1), streamer=streamer)
     assert "".join(streamer) == processor.tokenizer.decode(tokens[0])
+
+
+# Many pictures
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_with_no_one_and_32_pictures(make_model, ids, pixels, mode):
+    """Each picture goes through the tower once, and a row gets what it gets alone."""
+    model, given = make_model(media_attention=mode), pixels(3, 32)
+    rows = ("#a" * 32, "_" * 60 + "b#cd", "_" * 58 + "abcdef")
+    passed = []
+    handle = model.model.vision_tower.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
+    together = new_tokens(model, ids(*rows), pixel_values=given)
+    handle.remove()
+    assert passed == [33]
+    for number, row in enumerate(rows):
+        pictures = given[number : number + 1, : row.count("#")] if "#" in row else None
+        assert torch.equal(together[number], new_tokens(model, ids(row.strip("_")), pixel_values=pictures)[0])
+
+
+def test_a_cached_picture_takes_two_vectors_a_latent_and_block(make_model, ids, pixels):
+    """At OpenFlamingo-9B's shape in bfloat16 that is 1 MiB a picture, measured on a cache without memory."""
+
+    def bytes_of(cache):
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.cross_attention_cache.layers)
+
+    def expected(config, blocks):
+        sizes = config.cross_attention
+        return 2 * blocks * config.resampler["num_latents"] * sizes["num_heads"] * sizes["head_dim"]
+
+    model = make_model(dtype=torch.bfloat16)
+    for count in (1, 32):
+        cache = model(**ids("#a" * count), pixel_values=pixels(1, count), use_cache=True).past_key_values
+        assert bytes_of(cache) == 2 * count * expected(model.config, blocks=2)
+    config = MMGPTConfig(
+        vision_config=MMGPTVisionConfig.from_open_clip("ViT-L-14-quickgelu"),
+        text_config=AutoConfig.for_model("llama"),  # LLaMA-7B's sizes are the defaults
+        cross_attn_every_n_layers=4,
+    )
+    with torch.device("meta"):
+        model = MMGPTForConditionalGeneration(config).to(torch.bfloat16).eval()
+        cache = model(
+            torch.ones(1, 64, dtype=torch.long),
+            image_index=torch.ones(1, 64, dtype=torch.long),
+            image_slots=torch.ones(1, 32, dtype=torch.long),
+            image_latents=torch.ones(1, 32, 64, 1024, dtype=torch.bfloat16),
+            use_cache=True,
+        ).past_key_values
+    assert bytes_of(cache) == 2 * 32 * expected(config, blocks=8) == 32 * 2**20

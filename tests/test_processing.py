@@ -225,7 +225,7 @@ def files(tmp_path, picture):
         ([{"role": "tool", "content": "a"}], None, ValueError, ["Message 0", "tool"]),
         ([{"content": "a"}], None, ValueError, ["Message 0", "role"]),
         ([user("hi"), SYSTEM], None, ValueError, ["Message 1", "system"]),
-        ([{"role": "user", "content": [{"type": "video"}]}], None, ValueError, ["Message 0", "video"]),
+        ([{"role": "user", "content": [{"type": "audio"}]}], None, ValueError, ["Message 0", "audio"]),
         ([{"role": "user", "content": [{"type": "text"}]}], None, ValueError, ["Message 0", "text"]),
         ([{"role": "user", "content": ["hi"]}], None, ValueError, ["Message 0", "hi"]),
         ([{"role": "user", "content": None}], None, ValueError, ["Message 0"]),
@@ -423,3 +423,17 @@ def test_control_tokens_stay_text_with_a_sentencepiece_tokenizer_too(token):
     learnt = [t for t, m in zip(row["input_ids"], row["assistant_masks"], strict=True) if m]
     assert learnt[-1] == 2
     assert processor.tokenizer.decode(learnt[:-1]).replace(" ", "") == literal.replace(" ", "")
+
+
+def test_pictures_of_rows_are_a_ragged_list(processor, picture):
+    many = [picture(seed) for seed in range(32)]
+    batch = processor(["<image>" * 32, "a<image>", "b"], images=[many, [picture(40)], []], padding=True)
+    assert batch["pixel_values"].shape[:2] == (3, 32)
+    assert torch.equal(batch["pixel_values"][0, 31], processor.image_processor.pixels(many[31]))
+    assert torch.equal(batch["pixel_values"][1, 0], processor.image_processor.pixels(picture(40)))
+    assert not batch["pixel_values"][1, 1:].any() and not batch["pixel_values"][2].any()
+    chats = [[user(*["#"] * 32, "a")], [user("#", "a")], [user("a")]]
+    chat = processor.apply_chat_template(
+        chats, images=[many, [picture(40)], []], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    assert torch.equal(chat["pixel_values"], batch["pixel_values"])
