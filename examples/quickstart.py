@@ -18,7 +18,7 @@ from tiny_world import evaluation
 from tiny_world.dialogue import Example
 from tiny_world.mixture import example, mixture
 from tiny_world.pictures import draw_answers
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from modeling_mmgpt.adapters_mmgpt import lora_config
@@ -42,12 +42,16 @@ def batches_of_like_length(examples: list[Example], seed: int) -> list[Example]:
     return [example for batch in batches for example in batch]
 
 
-def tune(seed: int, steps: int, output_dir: Path) -> None:
-    """Instruction-tune the base with LoRA and save the adapter with its processor."""
-    model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(BASE)
+def tune(examples: list[Example], seed: int, output_dir: Path, base: Path = BASE, passes: int = 1) -> None:
+    """Instruction-tune the base with LoRA on the examples, once, and save the adapter with its processor.
 
-    examples = batches_of_like_length([mixture(seed, index) for index in range(steps * BATCH)], seed)
+    With more than one pass, each step goes through its `BATCH` examples in so many parts, one after the other, and the
+    loss is the mean of the means over each part's own tokens.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(base)
+    if passes > 1:
+        model.accepts_loss_kwargs = False  # else Trainer makes it one mean over the tokens of all passes
 
     def fetch(batch: dict) -> dict:
         fetched = [examples[index] for index in batch["index"]]
@@ -55,8 +59,9 @@ def tune(seed: int, steps: int, output_dir: Path) -> None:
 
     arguments = SFTConfig(
         output_dir=str(output_dir / "training"),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH,
+        max_steps=len(examples) // BATCH,
+        per_device_train_batch_size=BATCH // passes,
+        gradient_accumulation_steps=passes,
         train_sampling_strategy="sequential",  # the examples are in batches already
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
@@ -85,22 +90,27 @@ def tune(seed: int, steps: int, output_dir: Path) -> None:
     processor.save_pretrained(output_dir / "adapter")
 
 
+def load(adapter: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load an adapter with its base, and its processor."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(adapter, dtype=torch.float32).eval().to(device)
+    return model, AutoProcessor.from_pretrained(adapter)
+
+
 def evaluate(adapter: Path, seed: int, count: int, control_count: int) -> tuple[dict, dict, list]:
-    """Load the adapter in one call and ask it.
+    """Load the adapter and ask it.
 
     Returns:
         `skills`, `controls`, and some examples with their replies.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(adapter, dtype=torch.float32).eval().to(device)
-    processor = AutoProcessor.from_pretrained(adapter)
+    model, processor = load(adapter)
     skills, controls, shown = {}, {}, []
     for skill in (*SEEN, *OTHER):
         examples = [example(skill, seed, index, "test") for index in range(count)]
         replies = evaluation.answer(model, processor, examples, skill)
         skills[skill] = evaluation.score(examples, replies)
         shown.append((examples[0], replies[0]))
-        if skill in SEEN:
+        if skill in SEEN and control_count:
             examples = examples[:control_count]
             views = {
                 "blank": evaluation.with_blank_pictures(examples),
@@ -137,7 +147,8 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     set_seed(args.seed)
-    tune(args.seed, args.steps, args.output_dir)
+    examples = [mixture(args.seed, index) for index in range(args.steps * BATCH)]
+    tune(batches_of_like_length(examples, args.seed), args.seed, args.output_dir)
     print(f"tuned after {time.perf_counter() - start:.0f} s")
     skills, controls, shown = evaluate(args.output_dir / "adapter", args.seed, args.count, args.control_count)
     print_table(skills, controls)

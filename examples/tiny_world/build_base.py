@@ -17,7 +17,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,6 +52,7 @@ class BuildArguments:
     learning_rate: float = 2e-3
     look_up_learning_rate: float = 1e-3
     workers: int = 15
+    media_attention: str = field(default="preceding", metadata={"help": "as in MMGPTConfig"})
 
 
 class Documents(Dataset):
@@ -135,7 +136,7 @@ def build_processor() -> MMGPTProcessor:
     return MMGPTProcessor(MMGPTImageProcessor(size=SIDE), tokenizer)
 
 
-def build_model(processor: MMGPTProcessor) -> MMGPTForConditionalGeneration:
+def build_model(processor: MMGPTProcessor, media_attention: str = "preceding") -> MMGPTForConditionalGeneration:
     """A fresh model of 3.8 M parameters, its gates half open."""
     tokenizer = processor.tokenizer
     text_config = LlamaConfig(
@@ -157,6 +158,7 @@ def build_model(processor: MMGPTProcessor) -> MMGPTForConditionalGeneration:
         resampler={"depth": 2, "num_heads": 4, "head_dim": 32, "num_latents": 32},
         cross_attention={"num_heads": 4, "head_dim": 32},
         cross_attn_every_n_layers=1,
+        media_attention=media_attention,
         image_token_id=processor.image_token_id,
         end_of_chunk_token_id=processor.end_of_chunk_token_id,
     )
@@ -250,7 +252,7 @@ def main() -> None:
     (args,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses()
     set_seed(args.seed)
     processor = build_processor()
-    model = build_model(processor)
+    model = build_model(processor, args.media_attention)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} ids")
     train(model, processor, "perceive", args.perceive_steps, args.learning_rate, args)
     train(model, processor, "look_up", args.look_up_steps, args.look_up_learning_rate, args)

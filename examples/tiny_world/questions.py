@@ -43,12 +43,13 @@ WORDINGS = {
 }
 
 
-def _turn(rng: random.Random, found: LookUp, *images: Image.Image) -> Turn:
+def ask(rng: random.Random, found: LookUp, *images: Image.Image) -> Turn:
+    """A look-up as a question, worded at random, with its answer."""
     question = rng.choice(WORDINGS[found.kind])
     return Turn(question.format(a=article(found.words.get("colour", "a")), **found.words), found.answer, images)
 
 
-def _scene_with(rng: random.Random, kind: str, pair: Pair | None = None) -> tuple[Scene, LookUp]:
+def scene_with(rng: random.Random, kind: str, pair: Pair | None = None) -> tuple[Scene, LookUp]:
     """A scene and a look-up of this kind about it, about the object `pair` if given."""
     while True:
         scene = sample_text_scene(rng) if kind in TEXT_KINDS else sample_scene(rng, pairs=[pair] if pair else ())
@@ -58,23 +59,23 @@ def _scene_with(rng: random.Random, kind: str, pair: Pair | None = None) -> tupl
 
 def single_look_up(rng: random.Random, split: str = "train", *, kind: str) -> Example:
     """One question of a kind, of `OBJECT_KINDS` or `TEXT_KINDS`, about one picture."""
-    scene, found = _scene_with(rng, kind)
-    return dialogue(kind, [_turn(rng, found, render(scene))])
+    scene, found = scene_with(rng, kind)
+    return dialogue(kind, [ask(rng, found, render(scene))])
 
 
 def count_colour(rng: random.Random, split: str = "train") -> Example:
     """How many objects have a colour: "0" to "4", each as likely as the others."""
     answer = str(rng.randint(0, 4))
     while True:
-        scene, found = _scene_with(rng, "count_colour")
+        scene, found = scene_with(rng, "count_colour")
         if found.answer == answer:
-            return dialogue("count_colour", [_turn(rng, found, render(scene))])
+            return dialogue("count_colour", [ask(rng, found, render(scene))])
 
 
 def unseen_pairs(rng: random.Random, split: str = "test") -> Example:
     """Colour, shape or position of an object whose pair of colour and shape occurs in no training sample."""
-    scene, found = _scene_with(rng, rng.choice(("colour", "shape", "position")), rng.choice(UNSEEN_PAIRS))
-    return dialogue("unseen_pairs", [_turn(rng, found, render(scene))])
+    scene, found = scene_with(rng, rng.choice(("colour", "shape", "position")), rng.choice(UNSEEN_PAIRS))
+    return dialogue("unseen_pairs", [ask(rng, found, render(scene))])
 
 
 def second_turn(rng: random.Random, split: str = "train") -> Example:
@@ -84,13 +85,13 @@ def second_turn(rng: random.Random, split: str = "train") -> Example:
         pass
     it = rng.choice(candidates)
     where = Turn(rng.choice(WORDINGS["it_position"]), it.position)
-    return dialogue("second_turn", [_turn(rng, named_look_up(kind, it), render(scene)), where])
+    return dialogue("second_turn", [ask(rng, named_look_up(kind, it), render(scene)), where])
 
 
 def two_pictures(rng: random.Random, split: str = "train") -> Example:
     """A picture and a question, then another picture and a question, each about the picture it comes with."""
-    drawn = [_scene_with(rng, rng.choice(OBJECT_KINDS)) for _ in range(2)]
-    return dialogue("two_pictures", [_turn(rng, found, render(scene)) for scene, found in drawn])
+    drawn = [scene_with(rng, rng.choice(OBJECT_KINDS)) for _ in range(2)]
+    return dialogue("two_pictures", [ask(rng, found, render(scene)) for scene, found in drawn])
 
 
 def three_turns(rng: random.Random, split: str = "train") -> Example:
@@ -102,7 +103,7 @@ def three_turns(rng: random.Random, split: str = "train") -> Example:
         if all(found):
             break
     first, *others = found
-    return dialogue("three_turns", [_turn(rng, first, render(scene)), *(_turn(rng, f) for f in others)])
+    return dialogue("three_turns", [ask(rng, first, render(scene)), *(ask(rng, f) for f in others)])
 
 
 def caption(rng: random.Random, split: str = "train") -> Example:
