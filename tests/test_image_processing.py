@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,13 +33,18 @@ def noise(width, height, mode="RGB", seed=0):
     return Image.fromarray(values, "RGBA").convert(mode)
 
 
+# Pillow 13 rounds one step of its bicubic resize as the Pillow of the goldens did, 12.3 another way, in open_clip
+# as in ours: by one of 255 levels, in one picture. That both are the same stands in the next test, for any Pillow.
+LEVEL = 0.0 if int(PIL.__version__.split(".")[0]) >= 13 else 1 / 255 / 0.25
+
+
 @pytest.mark.parametrize("case", sorted(load_file(GOLDENS / "pixel_values.safetensors")))
 def test_pixels_are_those_of_the_reference(case):
     expected = load_file(GOLDENS / "pixel_values.safetensors")[case]
     name, size = case.rsplit(".", 1)
     for source in (GOLDENS / f"{name}.png", Image.open(GOLDENS / f"{name}.png")):
         ours = MMGPTImageProcessor(size=int(size))(source)["pixel_values"]
-        assert (ours[0] - expected).abs().max() == 0.0
+        assert (ours[0] - expected).abs().max() <= LEVEL
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
