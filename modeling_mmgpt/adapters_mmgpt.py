@@ -33,16 +33,26 @@ def lora_config(
         lora_alpha: Scale; the update is `lora_alpha / r * B @ A`.
         language_mlp: Adapt the LM's feed-forward as well.
         **kwargs: Other fields of `peft.LoraConfig`.
+
+    Raises:
+        ValueError: If `language_mlp` is asked for and the LM's feed-forward has no linear layer, as where a mixture of
+            experts keeps all of them in one weight.
     """
     if Path(model.name_or_path).is_dir():
         # PEFT writes this into the adapter, which has to find its base from any working directory.
         model.name_or_path = str(Path(model.name_or_path).resolve())
     decoder, name = decoder_layers(model.model.text_model)
-    targets = set()
+    attention, feed_forward = set(), set()
     for layer in getattr(decoder, name):
         for path, module in layer.decoder_layer.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and ("att" in path.split(".")[0] or language_mlp):
-                targets.add(f"decoder_layer.{path}")
+            if isinstance(module, (nn.Linear, Conv1D)):
+                (attention if "att" in path.split(".")[0] else feed_forward).add(f"decoder_layer.{path}")
+    if language_mlp and not feed_forward:
+        raise ValueError(
+            f"language_mlp=True, but the feed-forward of {type(model.model.text_model).__name__} has no linear layer. "
+            "Leave it out, or name its weights in `target_parameters`."
+        )
+    targets = {*attention, *(feed_forward if language_mlp else ())}
     targets.update(f"gated_cross_attn_layer.{path}" for path in GATED_BLOCK_TARGETS)
     pattern = "|".join(re.escape(target) for target in sorted(targets))
     return peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=rf"model\.text_model\..*\.({pattern})", **kwargs)

@@ -22,7 +22,8 @@ class MMGPTCache(EncoderDecoderCache):
         """Make a cache of ours from nothing, or around an empty cache of another kind.
 
         Raises:
-            ValueError: If `cache` is of another kind and holds tokens already: their images are unknown.
+            ValueError: If `cache` is of another kind and holds tokens already: their images are unknown. Also if it
+                is a static one that the LM cannot use.
         """
         if cache is None:
             return cls(DynamicCache(config=config.text_config))
@@ -33,7 +34,19 @@ class MMGPTCache(EncoderDecoderCache):
                 f"past_key_values is a {type(cache).__name__} that holds {cache.get_seq_length()} tokens, and knows "
                 "nothing of their images. Continue from the `past_key_values` that this model returned."
             )
-        return cls(cache)
+        ours = cls(cache)
+        # transformers cuts GPT-Neo's local window out of the room of the cache, not of the tokens in it.
+        if config.text_config.model_type == "gpt_neo" and ours.capacity() > config.text_config.window_size:
+            raise ValueError(
+                f"GPT-Neo attends to the wrong tokens with a static cache ({ours.capacity()} tokens) longer than its "
+                f"window ({config.text_config.window_size}). Use a dynamic one."
+            )
+        return ours
+
+    def capacity(self) -> int:
+        """How many tokens a static self-attention cache holds; -1 if it grows."""
+        layers = self.self_attention_cache.layers
+        return max((layer.get_max_length() for layer in layers if not layer.is_sliding), default=-1)
 
     def check_room(self, num_tokens: int) -> None:
         """Look whether so many more tokens fit, if the self-attention cache is a static one.
@@ -41,8 +54,7 @@ class MMGPTCache(EncoderDecoderCache):
         Raises:
             ValueError: With both lengths, if they do not.
         """
-        layers = self.self_attention_cache.layers
-        capacity = max((layer.get_max_length() for layer in layers if not layer.is_sliding), default=-1)
+        capacity = self.capacity()
         if capacity > 0 and (needed := int(self.get_seq_length()) + num_tokens) > capacity:
             raise ValueError(
                 f"The static cache holds {capacity} tokens, and this call needs {needed}: give `StaticCache` a larger "

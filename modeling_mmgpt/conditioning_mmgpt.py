@@ -80,6 +80,13 @@ def decode(language_model: nn.Module, conditioning: dict, **kwargs):
         return language_model(**kwargs)
     if language_model.config.model_type not in SWALLOW_KEYWORDS:
         return language_model(conditioning=conditioning, **kwargs)
+    return _decode_by_context(language_model, conditioning, kwargs)
+
+
+# Dynamo cannot trace a ContextVar. Here a compiled forward breaks its graph and the LM runs as it stands; a full graph
+# (`fullgraph=True`) is refused. Compiled on, the layers would find no images, and nobody would be told.
+@torch.compiler.disable
+def _decode_by_context(language_model: nn.Module, conditioning: dict, kwargs: dict):
     token = _conditioning.set(conditioning)
     try:
         return language_model(**kwargs)

@@ -227,6 +227,7 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
         mask: torch.Tensor | None,
         cache: Cache | None = None,
         cross_attentions: list | None = None,
+        first_states: list | None = None,
     ) -> torch.Tensor | None:
         """Let the images in; tensors are positional, as reentrant checkpointing demands.
 
@@ -238,6 +239,7 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
             mask: Bool `(B, 1, T, M*N)` from [`cross_attention_mask`], or `None`.
             cache: The cross-attention cache, if there is one.
             cross_attentions: A list the weights `(B, H, T, M*N)` are appended to, if they are wanted.
+            first_states: A list that the first block puts its input into, if a block comes before all layers.
 
         Returns:
             `(B, T, D)`.
@@ -245,6 +247,8 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
         if hidden_states is None:
             cache.update(*self.attn.keys_and_values(image_latents), self.attn.layer_idx)
             return None
+        if first_states is not None and not first_states:
+            first_states.append(hidden_states)
         attended, weights = self.attn(hidden_states, image_latents, mask, cache)
         if cross_attentions is not None:
             cross_attentions.append(weights.where((index > 0)[:, None, :, None], 0))

@@ -1,7 +1,7 @@
 """What `generate()` needs beside a forward: each picture encoded once, before rows are repeated for beams."""
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 
@@ -19,6 +19,12 @@ logger = logging.get_logger(__name__)
 
 class MMGPTGenerationMixin(GenerationMixin):
     """The hooks of transformers' `generate()` that images touch, in the order in which it calls them."""
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
+        check_assistant(self, generation_mode_kwargs.get("assistant_model"))
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError("assistant_early_exit cannot be used: the gated blocks are counted with all layers.")
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
@@ -72,9 +78,26 @@ class MMGPTGenerationMixin(GenerationMixin):
             user_defined = getattr(model_kwargs["past_key_values"], "_is_user_defined", False)
             model_kwargs["past_key_values"] = MMGPTCache.wrap(model_kwargs["past_key_values"], self.config)
             model_kwargs["past_key_values"]._is_user_defined = user_defined
-            latents, slots = model_kwargs.pop("image_latents", None), model_kwargs.pop("image_slots", None)
-            if latents is not None:
-                self.model.cache_images(model_kwargs["past_key_values"], latents, slots)
+            self._cache_new_images(model_kwargs["past_key_values"], **model_kwargs)
+
+    def _cache_new_images(
+        self,
+        cache: MMGPTCache,
+        image_latents: torch.Tensor | None = None,
+        image_slots: torch.Tensor | None = None,
+        **kwargs,
+    ) -> None:
+        """Put the pictures of this call into the cache; an assistant is called with the same ones again and again."""
+        if image_latents is not None:
+            cached = cache.image_count()
+            if cached is None or bool((cached < image_slots.amax(dim=1)).any()):
+                self.model.cache_images(cache, image_latents, image_slots)
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, **kwargs):
+        # transformers starts to speculate with all ids, also those in the cache: it has to be empty.
+        if kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"].forget_tokens()
+        return super()._assisted_decoding(input_ids, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -105,9 +128,8 @@ class MMGPTGenerationMixin(GenerationMixin):
         if past_key_values is not None and is_first_iteration:
             start = int(past_key_values.get_seq_length())  # the tokens may be a chunk, from the middle of the prompt
         end = start + num_tokens
-        inputs["image_index"] = continue_image_index(image_index, start, end, self.config.media_attention).to(
-            self.device
-        )
+        index = continue_image_index(image_index, start, end, self.config.media_attention)
+        inputs["image_index"] = index.to(self.device)
         if past_key_values is None:
             inputs.update(image_latents=image_latents, image_slots=image_slots)
         return inputs
@@ -116,3 +138,24 @@ class MMGPTGenerationMixin(GenerationMixin):
         """Make the masks of a compiled forward as the LM makes its own."""
         create = getattr(self.model.text_model, "create_masks_for_generate", create_masks_for_generate)
         return create(config=self.config.text_config, **kwargs)
+
+
+def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
+    """Look whether an assistant can draft for a model: it is handed the pictures as the model has encoded them.
+
+    Raises:
+        ValueError: If it takes no pictures, or encoded pictures of another size.
+    """
+    if assistant is None:
+        return
+    if assistant.config.model_type != model.config.model_type:
+        raise ValueError(
+            f"assistant_model is a {type(assistant).__name__}, which sees no pictures: its drafts would be of another "
+            f"document. Give a {type(model).__name__}."
+        )
+    sizes = [(m.config.resampler["num_latents"], m.config.vision_config.hidden_size) for m in (assistant, model)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            "assistant_model is handed the pictures as this model encodes them, and expects other sizes: (latents, "
+            f"width) {sizes[0]}, not {sizes[1]}. Give an assistant of the same vision tower and resampler."
+        )

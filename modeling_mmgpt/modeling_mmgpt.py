@@ -151,7 +151,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=cache,
-            hidden_states=outputs.hidden_states,
+            hidden_states=_from_embedding(outputs.hidden_states, conditioning),
             attentions=outputs.attentions,
             cross_attentions=_as_tuple(conditioning),
         )
@@ -228,6 +228,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
             "mask": mask,
             "cache": None if cache is None else cache.cross_attention_cache,
             "cross_attentions": [] if output_attentions else None,
+            "first_states": [] if self.config.cross_attn_every_n_layers == 1 else None,
         }
 
     def cache_images(self, cache: MMGPTCache, image_latents: torch.Tensor, image_slots: torch.LongTensor) -> None:
@@ -451,7 +452,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
             loss=loss,
             logits=outputs.logits,
             past_key_values=cache,
-            hidden_states=outputs.hidden_states,
+            hidden_states=_from_embedding(outputs.hidden_states, conditioning),
             attentions=outputs.attentions,
             cross_attentions=_as_tuple(conditioning),
         )
@@ -548,6 +549,14 @@ def _keep_weights(module: nn.Module | None) -> None:
     """Keep transformers from initialising a module that brings its weights."""
     for part in module.modules() if module is not None else ():
         part._is_hf_initialized = True
+
+
+def _from_embedding(hidden_states: tuple | None, conditioning: dict) -> tuple | None:
+    """Begin the hidden states with what the first block got: transformers records what the LM's first layer got."""
+    first = conditioning.get("first_states")
+    if not hidden_states or not first or hidden_states[0] is None:
+        return hidden_states
+    return (first[0], *hidden_states[1:])
 
 
 def _as_tuple(conditioning: dict) -> tuple[torch.Tensor, ...] | None:

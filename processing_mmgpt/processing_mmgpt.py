@@ -39,6 +39,7 @@ class MMGPTProcessor(ProcessorMixin):
     ):
         if chat_template is None:
             chat_template = Path(__file__).with_name("chat_template_mmgpt.jinja").read_text(encoding="utf-8")
+        tokenizer.padding_side = "left"  # pipelines pad with the tokenizer; our own calls say which side they mean
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         missing = {IMAGE_TOKEN, END_OF_CHUNK_TOKEN} - set(tokenizer.all_special_tokens)
         if missing or not tokenizer.is_fast:

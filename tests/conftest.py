@@ -1,6 +1,8 @@
 """A tiny model, its processor and pictures; everything random is seeded."""
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +21,34 @@ VISION = {"width": 16, "layers": 2, "head_width": 8, "patch_size": 8, "image_siz
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
 MIN = {"n_embd": 32, "n_layer": 4, "n_head": 4}
 
-# Sizes of a tiny LM of each family, over the defaults of transformers.
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+GEMMA = {**GROUPED, "head_dim": 8}
+EXPERTS = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+# Sizes of a tiny LM of each family that is supported, over the defaults of transformers. Windows are shorter than the
+# rows of the tests.
 FAMILIES = {
-    "llama": {**SMALL, "num_key_value_heads": 2},
-    "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
-    "smollm3": {**SMALL, "num_key_value_heads": 2},
-    "gemma2": {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "llama": GROUPED,
+    "mistral": {**GEMMA, "sliding_window": 8},
+    "mixtral": EXPERTS,
+    "qwen2": GROUPED,
+    "qwen3": GEMMA,
+    "qwen3_moe": {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 24},
+    "gemma": GEMMA,
+    "gemma2": {**GEMMA, "sliding_window": 8},
+    "gemma3_text": {**GEMMA, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "phi": SMALL,
+    "phi3": GROUPED,
+    "olmo": GROUPED,
+    "olmo2": GROUPED,
+    "olmo3": {**GROUPED, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "stablelm": GROUPED,
+    "smollm3": GROUPED,
+    "granite": GROUPED,
+    "cohere": GROUPED,
+    "starcoder2": {**GROUPED, "sliding_window": 8},
+    "persimmon": SMALL,
+    "glm4": GEMMA,
     "opt": {
         "hidden_size": 32,
         "num_hidden_layers": 4,
@@ -32,13 +56,33 @@ FAMILIES = {
         "ffn_dim": 48,
         "word_embed_proj_dim": 32,
     },
-    "gpt2": MIN,
     "gpt_neox": SMALL,
+    "gpt2": MIN,
+    "gpt_bigcode": MIN,
+    "gptj": {**MIN, "rotary_dim": 4},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 8,
+    },
+    "codegen": {**MIN, "rotary_dim": 4},
     "mpt": {"d_model": 32, "n_layers": 4, "n_heads": 4},
     "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "gptj": {**MIN, "rotary_dim": 4},
 }
+
+
+def note_results(name, figures):
+    """Keep the last figures of a bar in `results/<name>.json`, with what `test_<name>.py` measured them with."""
+    from tiny_world.evaluation import measured_with  # imports scipy, which the other tests do without
+
+    path = Path(__file__).with_name("results") / f"{name}.json"
+    noted = json.loads(path.read_text()) if path.exists() else {}
+    noted |= measured_with(f"pytest -m bars tests/test_{name}.py")
+    noted["figures"] = noted.get("figures", {}) | figures
+    path.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture(scope="session", autouse=True)
