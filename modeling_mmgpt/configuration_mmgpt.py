@@ -50,6 +50,13 @@ def _without(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key not in known}
 
 
+def _require_sizes(owner: str, sizes: dict[str, Any]) -> None:
+    """Raise if a size is no whole number from 1 on: what is built from it would fail far from here."""
+    wrong = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
+    if wrong:
+        raise ValueError(f"{owner} has {wrong}; sizes have to be whole numbers from 1 on.")
+
+
 class MMGPTVisionConfig(PreTrainedConfig):
     """An open_clip vision tower, by the fields of its `vision_cfg`.
 
@@ -73,7 +80,7 @@ class MMGPTVisionConfig(PreTrainedConfig):
             open_clip < 2.23, which returned them before it: hence the default.
 
     Raises:
-        ValueError: On a field that is not one of these.
+        ValueError: On a field that is not one of these, or a size that is none.
     """
 
     model_type = "mmgpt_vision"
@@ -95,6 +102,10 @@ class MMGPTVisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _reject_unknown(type(self).__name__, _without(kwargs, KEYS_OF_TRANSFORMERS), type(self).__annotations__)
+        sizes = ("width", "layers", "head_width", "patch_size", "image_size")
+        _require_sizes(type(self).__name__, {name: getattr(self, name) for name in sizes})
+        if self.patch_size > self.image_size:
+            raise ValueError(f"A picture of {self.image_size} pixels holds no patch of {self.patch_size}.")
         super().__post_init__(**kwargs)
 
     @property
@@ -154,7 +165,7 @@ class MMGPTConfig(PreTrainedConfig):
         tie_word_embeddings: Follows `text_config`; kept here because PEFT reads it here.
 
     Raises:
-        ValueError: On an unknown key, here or in `resampler` or `cross_attention`.
+        ValueError: On an unknown key, here or in `resampler` or `cross_attention`, or a size that is none.
     """
 
     model_type = "mmgpt"
@@ -173,20 +184,24 @@ class MMGPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         _reject_unknown(type(self).__name__, _without(kwargs, KEYS_OF_TRANSFORMERS), type(self).__annotations__)
         for name, sizes in (("resampler", RESAMPLER_DEFAULTS), ("cross_attention", CROSS_ATTENTION_DEFAULTS)):
-            _reject_unknown(f"MMGPTConfig.{name}", _without(getattr(self, name) or {}, sizes), sizes)
+            given = getattr(self, name) or {}
+            if not isinstance(given, dict):
+                raise ValueError(f"MMGPTConfig.{name} is {given!r}; it has to be a dict of sizes.")
+            _reject_unknown(f"MMGPTConfig.{name}", _without(given, sizes), sizes)
+            needed = {key: size for key, size in given.items() if not size is sizes[key] is None}
+            _require_sizes(f"MMGPTConfig.{name}", needed)
         if self.media_attention not in ("preceding", "all_preceding", "following"):
             raise ValueError(
                 f"media_attention is {self.media_attention!r}; "
                 "it has to be 'preceding', 'all_preceding' or 'following'."
             )
-        if self.cross_attn_every_n_layers < 1:
-            raise ValueError(
-                f"cross_attn_every_n_layers is {self.cross_attn_every_n_layers}; it has to be at least 1."
-            )
+        _require_sizes("MMGPTConfig", {"cross_attn_every_n_layers": self.cross_attn_every_n_layers})
         self.resampler = {**RESAMPLER_DEFAULTS, **(self.resampler or {})}
         self.cross_attention = {**CROSS_ATTENTION_DEFAULTS, **(self.cross_attention or {})}
         self.vision_config = _sub_config(self.vision_config, default=MMGPTVisionConfig.model_type)
         self.text_config = _sub_config(self.text_config, default="llama")
+        if self.text_config.model_type == MMGPTVisionConfig.model_type:
+            raise ValueError("text_config is the config of a vision tower; it has to be that of a causal LM.")
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         chosen = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
         super().__post_init__(**kwargs)
@@ -200,9 +215,14 @@ def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrai
     """Turn a dict with a `model_type` into the config class of that type."""
     if isinstance(config, PreTrainedConfig):
         return config
+    if not isinstance(config or {}, dict):
+        raise ValueError(f"The config of a part is {config!r}; it has to be a dict or a config.")
     fields = dict(config or {})
     model_type = fields.pop("model_type", default)
-    # Not by AutoConfig: as remote code, our own vision config is registered nowhere.
-    if model_type == MMGPTVisionConfig.model_type:
-        return MMGPTVisionConfig(**fields)
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        # Not by AutoConfig: as remote code, our own vision config is registered nowhere.
+        if model_type == MMGPTVisionConfig.model_type:
+            return MMGPTVisionConfig(**fields)
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # each family checks its fields, or trips over them, in its own way
+        raise ValueError(f"A config of {model_type!r} cannot be made of {fields}: {error}") from error

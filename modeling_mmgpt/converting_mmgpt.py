@@ -130,7 +130,7 @@ def convert_flamingo(
             f"{sorted(weights)[:5]}."
         )
     _reject_mpt(language_model)
-    text_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or "auto")
+    text_model = _load_language_model(language_model, dtype)
     found = _rename(weights, text_model)
     if lm_head is not None:
         _add_head(found, lm_head, text_model)
@@ -258,6 +258,28 @@ def _name_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
+def _load_language_model(language_model: str | os.PathLike, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load the LM, every weight of it: transformers would draw those that its files lack, and warn.
+
+    Raises:
+        ValueError: If files and config do not fit each other.
+    """
+    try:
+        text_model, report = AutoModelForCausalLM.from_pretrained(
+            language_model, dtype=dtype or "auto", output_loading_info=True
+        )
+    except (OSError, ValueError):  # transformers' own sentences
+        raise
+    except Exception as error:  # a config that lies leads anywhere
+        raise ValueError(f"{language_model} cannot be loaded: its config and its weights do not fit.") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{language_model} lacks {len(missing)} weights that its config speaks of, first {missing[:5]}."
+        )
+    return text_model
+
+
 def _reject_mpt(language_model: str | os.PathLike) -> None:
     """Raise by name on what transformers' MPT would silently compute otherwise."""
     config, _ = PreTrainedConfig.get_config_dict(language_model)
@@ -279,7 +301,7 @@ def _resize_vocabulary(text_model: PreTrainedModel, found: dict, ids: dict[str, 
             f"The checkpoint holds no {_old_name(name)!r}, the embedding of {type(text_model).__name__}: it is of "
             f"another LM. Its keys begin with {given[:5]}."
         )
-    rows, before = found[name][1].shape[0], text_model.get_input_embeddings().num_embeddings
+    rows, before = _matrix_shape(found, name)[0], text_model.get_input_embeddings().num_embeddings
     outside = {f"{key}_token_id": value for key, value in ids.items() if value is not None and not 0 <= value < rows}
     if outside:
         raise ValueError(f"{outside} lie outside the vocabulary of the checkpoint, which has {rows} rows.")
@@ -312,20 +334,34 @@ def _load_tower(
 def _resampler_sizes(found: dict) -> dict[str, int]:
     """Read off the checkpoint what its shapes tell of the resampler; heads are not among it."""
     shapes = _shapes(found, "model.resampler.")
+    num_latents, width = _matrix_shape(found, "model.resampler.latents")
     layers = [int(key.split(".")[1]) for key in shapes if key.startswith("layers.")]
-    sizes = {"depth": 1 + max(layers, default=0), "num_latents": shapes["latents"][0]}
+    sizes = {"depth": 1 + max(layers, default=0), "num_latents": num_latents}
     if "layers.0.1.1.weight" in shapes:
-        sizes["ff_mult"] = shapes["layers.0.1.1.weight"][0] // shapes["latents"][1]
+        sizes["ff_mult"] = _matrix_shape(found, "model.resampler.layers.0.1.1.weight")[0] // width
     for key, embeddings in (("max_num_frames", "frame_embs"), ("max_num_images", "media_time_embs")):
-        if embeddings in shapes:
+        if shapes.get(embeddings):  # not of a single number
             sizes[key] = shapes[embeddings][0]
     return sizes
 
 
 def _block_sizes(found: dict) -> dict[str, int]:
     """Likewise of the gated blocks."""
-    up = [tensor.shape for name, (_, tensor) in found.items() if name.endswith("gated_cross_attn_layer.ff.1.weight")]
-    return {"ff_mult": up[0][0] // up[0][1]} if up else {}
+    up = next((name for name in found if name.endswith("gated_cross_attn_layer.ff.1.weight")), None)
+    if up is None:
+        return {}
+    inner, width = _matrix_shape(found, up)
+    return {"ff_mult": inner // width}
+
+
+def _matrix_shape(found: dict, name: str) -> torch.Size:
+    """Shape of a weight that sizes are read off."""
+    if name not in found:
+        raise ValueError(f"The checkpoint holds no {_old_name(name)!r}.")
+    old, tensor = found[name]
+    if tensor.dim() != 2 or 0 in tensor.shape:
+        raise ValueError(f"{old!r} of the checkpoint is {tuple(tensor.shape)}; expected a matrix.")
+    return tensor.shape
 
 
 def _shapes(found: dict, prefix: str) -> dict[str, torch.Size]:

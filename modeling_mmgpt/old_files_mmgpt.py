@@ -38,7 +38,8 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or holds more than tensors in one of the known forms.
+        ValueError: If it is damaged, holds more than tensors in one of the known forms, or tensors that are not finite
+            or larger than what the file holds of them.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -46,6 +47,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         if str(path).endswith(".safetensors"):
             contents = load_file(path)
         else:
+            _reject_packed(path)
             with torch.serialization.safe_globals(INERT):
                 contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged bytes raise whatever the byte that is wrong leads to
@@ -58,6 +60,15 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
     return _unwrap(contents, path)
 
 
+def _reject_packed(path: str | os.PathLike) -> None:
+    """Raise on a zip with packed records: torch writes none, maps what is there, and would take it for numbers."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            packed = [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"it is a zip with packed records, first {packed[:5]}.")
+
+
 def _unwrap(contents: object, path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
     """Take the weights and the LoRA's settings out of a training dictionary; a flat file is its weights."""
     if not isinstance(contents, dict):
@@ -66,13 +77,42 @@ def _unwrap(contents: object, path: str | os.PathLike) -> tuple[dict[str, torch.
     if "model_state_dict" in contents:
         beside = {key: value for key, value in contents.items() if key != "model_state_dict"}
         contents = contents["model_state_dict"]
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} holds a {type(contents).__name__} as `model_state_dict`; expected a dictionary.")
     wrong = [key for key in beside if key not in BESIDE_WEIGHTS]
-    wrong += [key for key, value in contents.items() if not isinstance(value, torch.Tensor)]
+    wrong += [
+        key for key, value in contents.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)
+    ]
     if wrong:
         raise ValueError(
             f"{path} holds {wrong[:5]} beside its weights; expected tensors, alone or as `model_state_dict` beside "
             f"{sorted(BESIDE_WEIGHTS)}."
         )
-    settings = beside.get("tuning_config") or {}
-    settings = getattr(settings, "fields", settings)
-    return contents, settings.get("tuning_config", settings)  # the outer config, or the inner one
+    _check_tensors(contents, path)
+    return contents, _settings(beside.get("tuning_config"), path)
+
+
+def _settings(found: object, path: str | os.PathLike) -> dict:
+    """Take the LoRA's settings out of what a training noted down: the outer config, or the inner one."""
+    settings = getattr(found, "fields", found) or {}
+    settings = settings.get("tuning_config", settings) if isinstance(settings, dict) else settings
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__} as `tuning_config`; expected a dictionary.")
+    return settings
+
+
+def _check_tensors(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Raise on what a file says of a tensor and its bytes do not bear out, and on what no good training saves."""
+    odd = [
+        key for key, value in weights.items() if value.layout != torch.strided or value.is_meta or value.is_quantized
+    ]
+    if odd:
+        raise ValueError(f"{path} holds {odd[:5]} in a sparse, quantised or empty form; expected plain tensors.")
+    stretched = [
+        key for key, value in weights.items() if value.numel() * value.itemsize > value.untyped_storage().nbytes()
+    ]
+    if stretched:  # one number repeated by a stride of 0 can claim to be a matrix of terabytes
+        raise ValueError(f"{path} claims more numbers than it holds for {stretched[:5]}.")
+    broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{path} holds numbers that are not finite in {broken[:5]}: its training has failed.")

@@ -105,7 +105,8 @@ def load_vision_tower(
         The tower and its config.
 
     Raises:
-        ValueError: If the weights do not fit the config; the message lists the keys.
+        ValueError: If a file holds more than tensors, or if the weights do not fit the config; the message then lists
+            the keys.
     """
     if config is None:
         if isinstance(vision, str):
@@ -122,14 +123,13 @@ def load_vision_tower(
             )
         vision = _pretrained_open_clip(name, vision, config)
     if isinstance(vision, str):
-        load = load_file if vision.endswith(".safetensors") else partial(torch.load, weights_only=True)
-        vision = load(vision)
-    tower = build_vision_tower(config)
+        vision = _read_file(vision)
+    with torch.device("meta"):  # a config that lies may describe a tower of any size
+        expected = build_vision_tower(config).state_dict()
     weights = {
         key.removeprefix("visual."): value for key, value in vision.items() if key.startswith("visual.")
     } or vision
     weights = {key: value for key, value in weights.items() if key != "proj"}  # see build_vision_tower
-    expected = tower.state_dict()
     missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     misshapen = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
     if missing or unexpected or misshapen:
@@ -137,8 +137,21 @@ def load_vision_tower(
             f"The weights of the vision tower do not fit its config. Missing: {missing[:5]}, unexpected: "
             f"{unexpected[:5]}, of another shape: {misshapen[:5]}."
         )
+    tower = build_vision_tower(config)
     tower.load_state_dict(weights)
     return tower, config
+
+
+def _read_file(path: str) -> dict[str, torch.Tensor]:
+    """Read a state dict without running anything in it."""
+    load = load_file if path.endswith(".safetensors") else partial(torch.load, map_location="cpu", weights_only=True)
+    try:
+        weights = load(path)
+    except Exception as error:  # damaged bytes raise whatever the byte that is wrong leads to
+        raise ValueError(f"{path} cannot be read as a file of tensors alone; nothing in it was run.") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds more than tensors; expected the state dict of a vision tower.")
+    return weights
 
 
 def _pretrained_open_clip(name: str, tag: str, config: MMGPTVisionConfig) -> dict[str, torch.Tensor]:

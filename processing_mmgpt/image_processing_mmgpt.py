@@ -4,16 +4,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .fetching_mmgpt import PictureError
 from .pictures_mmgpt import open_picture
 from .videos_mmgpt import open_video
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_RESIZED = 64_000_000  # pixels that a long and thin picture may have once its short side is resized
 
 
 class MMGPTImageProcessor(BaseImageProcessor):
@@ -30,6 +32,9 @@ class MMGPTImageProcessor(BaseImageProcessor):
         video_fps: Frames a second that are taken from a video file.
         max_num_frames: The most frames of a video file; `None` for no limit. Where the model has frame embeddings,
             at most so many: `config.resampler["max_num_frames"]`.
+
+    Raises:
+        ValueError: On an unknown argument, or one that is no size, no mean or no deviation.
     """
 
     model_input_names = ["pixel_values"]
@@ -46,6 +51,17 @@ class MMGPTImageProcessor(BaseImageProcessor):
         kwargs = {key: value for key, value in kwargs.items() if key not in ("image_processor_type", "auto_map")}
         if kwargs:
             raise ValueError(f"MMGPTImageProcessor does not know {sorted(kwargs)}.")
+        channels = (
+            [*image_mean, *image_std] if all(isinstance(v, list | tuple) for v in (image_mean, image_std)) else []
+        )
+        if type(size) is not int or size < 1:
+            raise ValueError(f"The size of a picture has to be a whole number from 1 on, got {size!r}.")
+        if len(channels) != 6 or not all(type(v) in (int, float) and abs(v) < float("inf") for v in channels):
+            raise ValueError(
+                f"Mean and deviation have to be three numbers each, got {image_mean!r} and {image_std!r}."
+            )
+        if min(image_std) <= 0:
+            raise ValueError(f"Deviations have to be above 0, got {image_std!r}.")
         self.size = size
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
@@ -56,9 +72,8 @@ class MMGPTImageProcessor(BaseImageProcessor):
 
     def pixels(self, picture: Image.Image | np.ndarray | str | bytes) -> torch.Tensor:
         """Turn one picture, given in any form of `open_picture`, into floats `(3, size, size)`."""
-        picture = ImageOps.exif_transpose(open_picture(picture))
-        picture = _crop_centre(_resize_short_side(picture, self.size), self.size).convert("RGB")
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (3, size, size), bytes
+        pixels = torch.from_numpy(np.array(self.square(open_picture(picture))))  # (size, size, 3), bytes
+        pixels = pixels.permute(2, 0, 1).contiguous()  # (3, size, size)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         return pixels.float().div(255).sub(mean).div(std)
 
@@ -77,6 +92,16 @@ class MMGPTImageProcessor(BaseImageProcessor):
             return torch.stack([self.pixels(frame) for frame in picture])
         return self.pixels(picture)[None]
 
+    def square(self, picture: Image.Image) -> Image.Image:
+        """Resize, crop and convert an upright picture to the RGB one `(size, size)` whose pixels the model sees.
+
+        A square one stays as it is. So a server can keep this in place of a picture of any size.
+
+        Raises:
+            PictureError: If the picture is so long and thin that resizing it would take gigabytes.
+        """
+        return _crop_centre(_resize_short_side(picture, self.size), self.size).convert("RGB")
+
     def preprocess(self, images, **kwargs) -> BatchFeature:
         """Turn a picture or a list of pictures into `pixel_values` `(K, 3, size, size)`."""
         images = images if isinstance(images, list | tuple) else [images]
@@ -92,6 +117,8 @@ def _resize_short_side(picture: Image.Image, size: int) -> Image.Image:
         return picture
     short, long = sorted((width, height))
     long = int(size * long / short)
+    if size * long > MAX_RESIZED:
+        raise PictureError(f"The picture of {width} x {height} pixels is too long and thin: cut it.")
     return picture.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
 
 

@@ -77,6 +77,8 @@ def _part(part: Any, role: str, number: int) -> dict[str, Any]:
         )
     if part["type"] not in IMAGE_SOURCES and not isinstance(part.get("text"), str):
         raise ValueError(f"Message {number} has a content part of type {part['type']!r} without a text: {part!r}.")
+    if any("\ud800" <= character <= "\udfff" for character in part.get("text", "")):
+        raise ValueError(f"Message {number} has a text with half of a character (a lone surrogate): {part['text']!r}.")
     return part
 
 
@@ -157,10 +159,16 @@ def split_hidden(rendered: str, tokens: list[str]) -> Iterator[tuple[str, int, b
 
     Yields:
         Each piece as it is meant, its length in `rendered`, and whether it is a control token that has to stay text.
+
+    Raises:
+        ValueError: If what stands behind a private character is not what was put there.
     """
     hidden = [HIDDEN, *tokens]
     for number, piece in enumerate(re.split(f"{HIDDEN}(.)", rendered, flags=re.DOTALL)):
         if number % 2:
-            yield hidden[ord(piece) - ord(HIDDEN)], 2, True
+            token = ord(piece) - ord(HIDDEN)
+            if not 0 <= token < len(hidden):
+                raise ValueError("The chat template takes texts apart, or holds a private character of ours: U+F0000.")
+            yield hidden[token], 2, True
         elif piece:
             yield piece, len(piece), False

@@ -150,6 +150,7 @@ def read_mixture(mixture: str | os.PathLike | dict[str, Any] | Mixture) -> Mixtu
         raise ValueError(f"A mixture needs `sources`, a list of one or more; got {mixture['sources']!r}.")
     for number, source in enumerate(sources):
         _check_keys(Source, source, f"Source {number} of the mixture")
+    _check_types(mixture, sources)
     result = Mixture(**{**mixture, "sources": _with_names([Source(**_as_lists(source)) for source in sources])})
     _check_mixture(result)
     sources = [_with_paths(source, result.root) for source in result.sources]
@@ -168,6 +169,25 @@ def _check_keys(kind: type, given: Any, what: str) -> None:
             raise ValueError(f"{what} has the unknown key {key!r}.{_nearest(str(key), known)}")
     if known[0] not in given:
         raise ValueError(f"{what} has no `{known[0]}`.")
+
+
+def _check_types(mixture: dict[str, Any], sources: list[dict[str, Any]]) -> None:
+    """Raise where a path or a name is none, or a weight no number."""
+    kinds = {"a text": str, "a mapping": dict, "a number": (int, float), "true or false": bool}
+    wanted = dict.fromkeys(("root", "skip_log", "image_root", "dataset", "split", "revision", "name"), "a text")
+    wanted |= {"stopping_strategy": "a text", "reader": "a text", "where": "a mapping", "weight": "a number"}
+    wanted |= {"streaming": "true or false"}
+    optional = {one.name for kind in (Mixture, Source) for one in fields(kind) if one.default is None}
+    for given in (mixture, *sources):
+        for key in ("files", "annotations"):
+            value = given.get(key, [])
+            if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+                raise ValueError(f"`{key}` has to be a path or a list of paths, got {value!r}.")
+        for key in wanted.keys() & given.keys():
+            is_number = wanted[key] == "a number" and isinstance(given[key], bool)
+            if is_number or not isinstance(given[key], kinds[wanted[key]]):
+                if given[key] is not None or key not in optional:
+                    raise ValueError(f"`{key}` has to be {wanted[key]}, got {given[key]!r}.")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -4,78 +4,179 @@ import base64
 import binascii
 import io
 import os
-from pathlib import Path
+import re
+import stat
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .fetching_mmgpt import PictureError, fetch, shorten
 
 
-MAX_PIXELS = 64_000_000  # of one picture, read off its header before it is decoded
+@dataclass(frozen=True)
+class PicturePolicy:
+    """What may be opened as a picture. The default is for strangers' pictures, as behind a server.
+
+    Bytes and data URLs are always opened, within the limits.
+
+    Args:
+        paths: Open files of this machine by their paths.
+        hosts: Fetch `http` and `https` addresses of these hosts, such as `"example.org"` or `"example.org:8443"`.
+        formats: The formats that are decoded, under Pillow's names.
+        max_bytes: Size of the largest file.
+        max_pixels: Pixels of the largest picture, read off its header before anything is decoded.
+        timeout: Seconds that fetching one picture may take.
+    """
+
+    paths: bool = False
+    hosts: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF")
+    max_bytes: int = 32 * 2**20
+    max_pixels: int = 50_000_000
+    timeout: float = 10.0
 
 
-def open_picture(source: Image.Image | np.ndarray | str | os.PathLike | bytes) -> Image.Image:
-    """Open one picture, wholly decoded.
+OWN_PICTURES = PicturePolicy(
+    paths=True,
+    formats=(*PicturePolicy.formats, "BMP", "TIFF", "PPM", "JPEG2000"),
+    max_bytes=2**30,
+    max_pixels=64_000_000,
+)
+
+
+def open_picture(
+    source: Image.Image | np.ndarray | str | os.PathLike | bytes, policy: PicturePolicy = OWN_PICTURES
+) -> Image.Image:
+    """Open one picture, wholly decoded and turned upright by its EXIF orientation.
 
     Args:
         source: A PIL picture, an array `(height, width)` or `(height, width, 3 or 4)` of bytes, a path, the bytes of
-            a file, or a data URL.
+            a file, a data URL, or an `http` or `https` address.
+        policy: What may be opened; by default the own pictures of whoever calls: files by their paths, no addresses.
 
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If `source` is something else.
-        ValueError: If it is no picture, a truncated one, one of more than `MAX_PIXELS`, or a remote address: nothing
-            is fetched from a network.
+        PictureError: If it is refused: by the policy, or because it is no picture, an animated, damaged or truncated
+            one, or one without a known range of values.
     """
     if isinstance(source, Image.Image):
-        return source
+        return _load(source, "The picture")
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), "picture bytes")
-    if isinstance(source, str) and source.startswith("data:"):
-        return _decode(io.BytesIO(_data_url(source)), "data URL")
+        return _decode(io.BytesIO(source), len(source), "The picture", policy)
+    if isinstance(source, str) and (scheme := re.match(r"\s*([a-zA-Z][\w+.-]+):", source)):  # C: is a drive
+        return _from_url(source, scheme[1].lower(), policy)
     if isinstance(source, str | os.PathLike):
-        reject_remote(source)
-        with Path(source).open("rb") as file:
-            return _decode(file, str(source))
-    raise TypeError(f"A picture is a PIL picture, an array, a path, bytes or a data URL; got {type(source).__name__}.")
+        return _from_path(source, policy)
+    raise TypeError(
+        f"A picture is a PIL picture, an array, a path, bytes, a data URL or an address; got {type(source).__name__}."
+    )
 
 
-def reject_remote(source: str | os.PathLike) -> None:
-    """Raise if a path is an address: nothing is fetched from a network."""
-    if str(source).startswith(("http://", "https://", "ftp://", "file://")):
-        raise ValueError(f"Nothing is fetched from {source!r}: load it yourself and give its content or a path.")
+def reject_remote(path: str | os.PathLike) -> None:
+    """Raise if the path of a video is an address: no video is fetched from a network."""
+    if re.match(r"\s*[a-zA-Z][\w+.-]+:", str(path)):
+        raise PictureError(f"Videos are not fetched from {shorten(str(path))}: load it yourself and give its bytes.")
 
 
-def _decode(file, name: str) -> Image.Image:
+def _from_url(url: str, scheme: str, policy: PicturePolicy) -> Image.Image:
+    if scheme == "data":
+        data = _data_url(url, policy.max_bytes)
+        return _decode(io.BytesIO(data), len(data), "The picture in the data URL", policy)
+    if not policy.hosts:
+        own = "load it yourself and give the picture or a path" if policy.paths else "send it as a data URL"
+        raise PictureError(f"Pictures are not fetched from {shorten(url)}: {own}.")
+    data = fetch(url, policy.hosts, policy.max_bytes, policy.timeout)
+    return _decode(io.BytesIO(data), len(data), f"The picture at {shorten(url)}", policy)
+
+
+def _from_path(path: str | os.PathLike, policy: PicturePolicy) -> Image.Image:
+    if not policy.paths:
+        raise PictureError("Pictures are not read from paths here: send them as data URLs.")
     try:
-        picture = Image.open(file)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(
-                f"{picture.width} x {picture.height} pixels are more than the {MAX_PIXELS:,} that are read"
-            )
-        picture.load()
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise PictureError(f"{path} is no file.")
+            return _decode(file, status.st_size, str(path), policy)
+    except FileNotFoundError:
+        raise
+    except PictureError:
+        raise
+    except (OSError, ValueError) as error:  # a folder, a name too long or with a null in it, no permission
+        raise PictureError(f"{shorten(str(path))} cannot be opened as a file.") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a named pipe would wait for its writer
+
+
+def _data_url(url: str, max_bytes: int) -> bytes:
+    header, _, data = url.partition(",")
+    if not re.fullmatch(r"data:(image/[\w.+-]+)?;base64", header, re.IGNORECASE):
+        raise PictureError(
+            f"A data URL of a picture begins with data:image/...;base64, and not with {shorten(header)}."
+        )
+    if len(data) // 4 * 3 > max_bytes + 2:
+        raise PictureError(f"The picture in the data URL is larger than the {max_bytes:,} bytes that are read.")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise PictureError("The data URL is not valid base64.") from None
+
+
+def _decode(file, size: int, name: str, policy: PicturePolicy) -> Image.Image:
+    if size > policy.max_bytes:
+        raise PictureError(f"{name} has {size:,} bytes, more than the {policy.max_bytes:,} that are read.")
+    try:
+        picture = Image.open(file, formats=policy.formats)
+        # MPO is JPEG with previews behind it, from a camera.
+        is_animated = picture.format != "MPO" and getattr(picture, "is_animated", False)
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is no picture of a format we can read.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, by format
-        raise ValueError(f"{name} cannot be read as a picture, it may be damaged or cut short: {error}.") from None
+        raise PictureError(f"{name} is no picture of a format that is read: {', '.join(policy.formats)}.") from None
+    except Image.DecompressionBombError:
+        raise PictureError(f"{name} has more pixels than the {policy.max_pixels:,} that are read.") from None
+    except Exception as error:  # a decoder raises whatever the byte that is wrong leads to
+        raise PictureError(_damaged(name)) from error
+    if picture.width * picture.height > policy.max_pixels:
+        raise PictureError(
+            f"{name} has {picture.width} x {picture.height} pixels, more than the {policy.max_pixels:,} that are read."
+        )
+    if is_animated:
+        raise PictureError(f"{name} is animated or has several pages: give one of them as a picture of its own.")
+    return _to_eight_bits(_load(picture, name), name)
+
+
+def _load(picture: Image.Image, name: str) -> Image.Image:
+    try:
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+    except Exception as error:  # as above; and EXIF is a format of its own
+        raise PictureError(_damaged(name)) from error
+
+
+def _damaged(name: str) -> str:
+    return f"{name} cannot be read as a picture, it may be damaged or cut short."
+
+
+def _to_eight_bits(picture: Image.Image, name: str) -> Image.Image:
+    """Take the high byte of 16-bit grey, as Pillow does for 16-bit colour; it would clip grey to white, silently."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise PictureError(f"{name} has 32 bits a pixel, without a known range: save it with 8 bits.")
     return picture
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ValueError(
+        raise PictureError(
             f"A picture array has shape (height, width) or (height, width, 3 or 4) and dtype uint8; got {array.shape} "
             f"and {array.dtype}."
         )
+    if array.size == 0:
+        raise PictureError(f"A picture array has to hold pixels; got {array.shape}.")
     return Image.fromarray(array)
-
-
-def _data_url(url: str) -> bytes:
-    header, _, data = url.partition(",")
-    if not header.endswith(";base64"):
-        raise ValueError(f"A data URL of a picture has to be base64, got {header!r}.")
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"The data URL is not valid base64: {error}") from None

@@ -144,8 +144,8 @@ class MMGPTProcessor(ProcessorMixin):
             `input_ids`; `assistant_masks`, 1 at the tokens of responses and their end tokens; `images`, the pictures.
 
         Raises:
-            ValueError: On messages that [`~processing_mmgpt.messages_mmgpt.normalise`] refuses, or if places and
-                pictures differ in number.
+            ValueError: On messages that [`~processing_mmgpt.messages_mmgpt.normalise`] refuses, if places and pictures
+                differ in number, or if the template cannot render them.
         """
         messages = normalise(messages)
         pictures = fill_images(messages, images)
@@ -347,14 +347,17 @@ class MMGPTProcessor(ProcessorMixin):
         template_kwargs: dict,
     ) -> tuple[str, list[tuple[int, int]]]:
         """Render normalised messages, control tokens in their texts hidden; the spans are those of responses."""
-        rendered, spans = render_jinja_template(
-            conversations=[hide_control_tokens(messages, self._control_tokens)],
-            chat_template=self.chat_template if chat_template is None else chat_template,
-            return_assistant_tokens_mask=True,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **template_kwargs},
-        )
+        try:
+            rendered, spans = render_jinja_template(
+                conversations=[hide_control_tokens(messages, self._control_tokens)],
+                chat_template=self.chat_template if chat_template is None else chat_template,
+                return_assistant_tokens_mask=True,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.tokenizer.special_tokens_map, **template_kwargs},
+            )
+        except Exception as error:  # a template is a program
+            raise ValueError(f"The chat template cannot render these messages: {error}") from error
         return rendered[0], spans[0]
 
     def _share_out(self, input_ids: list[list[int]], images: Any) -> list[list]:

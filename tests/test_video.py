@@ -263,7 +263,7 @@ def test_what_is_no_video_is_named(tmp_path, picture, processor):
             processor(["<image>"], images=[{"type": "video", "video": str(tmp_path / name)}])
     with pytest.raises(FileNotFoundError):
         open_video(tmp_path / "missing.mp4")
-    with pytest.raises(ValueError, match="Nothing is fetched from 'https://example.com/a.mp4'"):
+    with pytest.raises(ValueError, match="Videos are not fetched from 'https://example.com/a.mp4'"):
         open_video("https://example.com/a.mp4")
     with pytest.raises(TypeError, match="int"):
         open_video(7)
