@@ -9,38 +9,78 @@ Each line of the file is one record; pictures are paths relative to the file, on
                   {"role": "assistant", "content": "A cat."}], "images": ["cat.png"]}
 
 Records with pictures and records without may stand in one file. In its place, a YAML file mixes public instruction
-sets (`examples/recipes`, `processing_mmgpt/mixture_mmgpt.py`). All options of `trl.SFTConfig` are options here.
+sets (`examples/recipes`, `processing_mmgpt/mixture_mmgpt.py`). All options of `trl.SFTConfig` are options here, on the
+command line or, with `--config examples/recipes/lora.yaml`, in a file. What killed the run does not matter: the same
+command with `--resume` goes on. Many GPUs: `docs/scaling.md`.
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from modeling_mmgpt.adapters_mmgpt import lora_config
+from modeling_mmgpt.adapters_mmgpt import lora_config, quantization_config, show_head_bias
+from modeling_mmgpt.conditioning_mmgpt import decoder_layers
+from modeling_mmgpt.training_mmgpt import TrainerMixin, last_checkpoint
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
+from processing_mmgpt.samples_mmgpt import SampleCallback
 
 
 @dataclass
 class ScriptArguments:
     """What is tuned, on what, and how."""
 
-    model_name_or_path: str = field(metadata={"help": "folder or Hub id of the base"})
+    model_name_or_path: str = field(metadata={"help": "folder or Hub id of the base, or of an adapter to go on with"})
     data: Path = field(metadata={"help": "JSONL file of records, or YAML file of a mixture"})
+    eval_data: Path | None = field(default=None, metadata={"help": "the same, to evaluate on"})
+    eval_rows: int = field(default=0, metadata={"help": "without eval_data: hold out so many rows of the data"})
+    samples: int = field(default=4, metadata={"help": "reply to so many rows at every evaluation"})
     lora_r: int = 16
     lora_alpha: int = 16
     language_mlp: bool = field(default=False, metadata={"help": "adapt the LM's feed-forward as well"})
+    new_tokens: bool = field(default=False, metadata={"help": "train the rows of <image> and <|endofchunk|>"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the base in 4 bits, by bitsandbytes"})
+    compile_layers: bool = field(default=False, metadata={"help": "compile the layers: faster on a GPU"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint, if there is one"})
 
 
-def open_data(path: Path, seed: int) -> Dataset | IterableDataset:
-    """Open a mixture, or a JSONL file as a mixture of one source whose pictures stand beside it."""
-    if path.suffix in (".yaml", ".yml"):
-        return load_instruction_dataset(path, seed)
-    source = {"reader": "messages", "files": [str(path)], "image_root": str(path.parent)}
-    return load_instruction_dataset({"sources": [source]}, seed)
+class Trainer(TrainerMixin, SFTTrainer):
+    """TRL's Trainer with whole checkpoints and the decay of the reference."""
+
+
+def split_data(script: ScriptArguments, config: SFTConfig) -> tuple[Dataset | IterableDataset, ...]:
+    """Open what is trained on and what is evaluated on, which may be `None`."""
+    data, held_out = load_instruction_dataset(script.data, config.seed), None
+    if script.eval_data:
+        held_out = load_instruction_dataset(script.eval_data, config.seed)
+    elif script.eval_rows:
+        data, held_out = data.skip(script.eval_rows), data.take(script.eval_rows)
+    if (held_out is None) != (config.eval_strategy == "no"):
+        raise ValueError("To evaluate takes both: eval_data or eval_rows, and eval_strategy: steps or epoch.")
+    if isinstance(data, IterableDataset):
+        data = data.repeat(None)  # one endless epoch: where a run resumes, steps then say how many rows to pass over
+    return data, held_out
+
+
+def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
+    """Load the base, or an adapter over its base, to be trained further."""
+    path, base = script.model_name_or_path, script.model_name_or_path
+    is_adapter = find_adapter_config_file(path) is not None
+    if is_adapter:
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    quantization = quantization_config() if script.load_in_4bit else None
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", quantization_config=quantization)
+    if script.compile_layers:
+        decoder, name = decoder_layers(model.model.text_model)
+        for layer in getattr(decoder, name):
+            layer.compile()
+    return PeftModel.from_pretrained(model, path, is_trainable=True) if is_adapter else model
 
 
 def main() -> None:
@@ -48,23 +88,34 @@ def main() -> None:
     parser = TrlParser((ScriptArguments, SFTConfig))
     parser.set_defaults(bf16=torch.cuda.is_available())  # TRL's default is true, which a CPU refuses
     script, config = parser.parse_args_and_config()
-    data = open_data(script.data, config.seed)
-    model = AutoModelForImageTextToText.from_pretrained(script.model_name_or_path, dtype="auto")
+    data, held_out = split_data(script, config)
+    model = load_model(script)
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
+    peft_config = None
+    if not isinstance(model, PeftModel):
+        peft_config = lora_config(model, script.lora_r, script.lora_alpha, script.language_mlp, script.new_tokens)
 
-    # What belongs to the collator is its own: TRL neither renders, cuts nor drops anything.
+    # What belongs to the collator is its own: TRL neither renders, cuts, packs nor drops anything.
     max_length, config.max_length = config.max_length, None
+    packing, config.packing = config.packing, False
     config.dataset_kwargs = {"skip_prepare_dataset": True}
     config.remove_unused_columns = False
-    trainer = SFTTrainer(
+    config.accelerator_config.dispatch_batches = False  # a process reads its own rows; sent around, ragged ones break
+    collator = MMGPTCollator(processor, max_length, packing, placeholder_picture=config.world_size > 1)
+    trainer = Trainer(
         model=model,
         args=config,
         train_dataset=data,
-        data_collator=MMGPTCollator(processor, max_length=max_length),
+        eval_dataset=held_out,
+        data_collator=collator,
         processing_class=processor,
-        peft_config=lora_config(model, script.lora_r, script.lora_alpha, script.language_mlp),
+        peft_config=peft_config,
     )
-    trainer.train()
+    show_head_bias(trainer.model)
+    if held_out is not None and script.samples:
+        samples = list(islice(held_out, script.samples))
+        trainer.add_callback(SampleCallback(trainer.log, processor, samples))
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if script.resume else None)
     trainer.save_model(config.output_dir)
     if trainer.accelerator.is_main_process:
         processor.save_pretrained(config.output_dir)

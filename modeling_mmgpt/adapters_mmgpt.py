@@ -1,21 +1,30 @@
-"""LoRA for MMGPT: the one place that names its target modules. Not part of the remote code."""
+"""LoRA for MMGPT, whole or over 4 bits: the one place that names its modules. Not part of the remote code."""
 
 import re
 from pathlib import Path
 
 import peft
+import torch
+from peft.utils import TrainableTokensWrapper
 from torch import nn
+from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from .conditioning_mmgpt import decoder_layers
 from .modeling_mmgpt import MMGPTForConditionalGeneration
 
 
+HEADS = ("lm_head", "embed_out")  # what the LMs of transformers call their head
 GATED_BLOCK_TARGETS = ("attn.to_q", "attn.to_kv", "attn.to_out", "ff.1", "ff.3")
 
 
 def lora_config(
-    model: MMGPTForConditionalGeneration, r: int = 16, lora_alpha: int = 16, language_mlp: bool = False, **kwargs
+    model: MMGPTForConditionalGeneration,
+    r: int = 16,
+    lora_alpha: int = 16,
+    language_mlp: bool = False,
+    new_tokens: bool = False,
+    **kwargs,
 ) -> peft.LoraConfig:
     """Make the LoRA config of Multimodal-GPT for a model.
 
@@ -32,6 +41,7 @@ def lora_config(
         r: Rank.
         lora_alpha: Scale; the update is `lora_alpha / r * B @ A`.
         language_mlp: Adapt the LM's feed-forward as well.
+        new_tokens: Train the rows of `<image>` and `<|endofchunk|>` in embedding and head, see [`new_token_rows`].
         **kwargs: Other fields of `peft.LoraConfig`.
 
     Raises:
@@ -55,4 +65,51 @@ def lora_config(
     targets = {*attention, *(feed_forward if language_mlp else ())}
     targets.update(f"gated_cross_attn_layer.{path}" for path in GATED_BLOCK_TARGETS)
     pattern = "|".join(re.escape(target) for target in sorted(targets))
+    if new_tokens:
+        kwargs["trainable_token_indices"] = new_token_rows(model)
     return peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=rf"model\.text_model\..*\.({pattern})", **kwargs)
+
+
+def new_token_rows(model: MMGPTForConditionalGeneration) -> dict[str, list[int]]:
+    """Name the rows of `<image>` and `<|endofchunk|>`, by the module whose weight they are in.
+
+    Where embedding and head share one weight only the embedding is named: PEFT follows the tie by itself, and an
+    adapter that names both is merged wrongly.
+
+    Args:
+        model: The model.
+    """
+    rows = [model.config.image_token_id, model.config.end_of_chunk_token_id]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = [embedding] if head.weight is embedding.weight else [embedding, head]
+    return {name: rows for name, module in model.named_modules() if module in modules}
+
+
+def show_head_bias(model: nn.Module) -> None:
+    """Let TRL read `bias` off a head whose new rows are trained: PEFT (0.21) wraps it and shows `weight` only.
+
+    Args:
+        model: The model with its adapter; in place, and nothing happens to any other.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = head.token_adapter.get_base_layer().bias
+
+
+def quantization_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """Make the config that loads a base in 4 bits, for QLoRA: https://arxiv.org/abs/2305.14314.
+
+    In 4 bits are the matrices of the LM's layers and of the gated blocks. The tower and the resampler, which no LoRA
+    makes up for, the gates, norms, embeddings and the head stay as they are.
+
+    Args:
+        compute_dtype: The data type that 4-bit matrices are multiplied in.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        # transformers matches from the start of a name. Given a list, it no longer spares the head by itself.
+        llm_int8_skip_modules=["model.vision_tower", "model.resampler", *HEADS],
+    )

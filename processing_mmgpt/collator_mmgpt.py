@@ -1,7 +1,7 @@
 """The collator: conversations to a batch with labels. It owns what is learnt from."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class MMGPTCollator:
         pad_to_multiple_of: Pad the batch to a multiple of so many tokens.
         placeholder_picture: Give a batch without any picture a zero one, which no token attends to. Training sharded
             over processes (FSDP, ZeRO-3) needs it, since all of them have to touch the same parameters.
+        template: Arguments of [`MMGPTProcessor.encode_chat`], such as another `chat_template` with its variables.
     """
 
     processor: MMGPTProcessor
@@ -47,6 +48,7 @@ class MMGPTCollator:
     skip_log: str | None = None
     pad_to_multiple_of: int | None = None
     placeholder_picture: bool = False
+    template: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.packing and self.max_length is None:
@@ -117,7 +119,7 @@ class MMGPTCollator:
         """
         messages, images = normalise(record["messages"]), record.get("images")
         while True:
-            row = self.processor.encode_chat(messages, images)
+            row = self.processor.encode_chat(messages, images, **self.template)
             if not any(row["assistant_masks"]):
                 raise NothingToLearnError("It has no response to learn from.")
             if self.max_length is None or len(row["input_ids"]) <= self.max_length:

@@ -100,7 +100,8 @@ def load_instruction_dataset(
     and the place of the record in its file only, so it is the same for any number of workers and processes.
 
     Args:
-        mixture: A YAML file or its contents; its keys are the fields of `Mixture` and `Source`.
+        mixture: A YAML file or its contents; its keys are the fields of `Mixture` and `Source`. A JSONL file stands
+            for a mixture of one source with the reader `"messages"`, whose pictures are paths relative to the file.
         seed: What the order, the choice of rows and the draws of the readers come from.
 
     Returns:
@@ -139,7 +140,10 @@ def read_mixture(mixture: str | os.PathLike | dict[str, Any] | Mixture) -> Mixtu
     """
     if isinstance(mixture, Mixture):
         return mixture
-    if not isinstance(mixture, dict):
+    if not isinstance(mixture, dict) and Path(mixture).suffix == ".jsonl":
+        source = {"reader": MESSAGES, "files": [str(mixture)], "image_root": str(Path(mixture).parent)}
+        mixture = {"sources": [source]}
+    elif not isinstance(mixture, dict):
         try:
             mixture = yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:

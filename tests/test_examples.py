@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_sft
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,6 +15,8 @@ from tiny_world import evaluation
 from tiny_world.dialogue import Turn, dialogue
 from tiny_world.mixture import example
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from processing_mmgpt import load_instruction_dataset
 
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +103,7 @@ def test_train_sft_by_accelerate_tunes_on_pictures_and_text_and_its_adapter_load
 def test_a_bad_line_is_named_before_training(tmp_path, line, named):
     path = records(tmp_path / "records.jsonl", {"messages": asked({"type": "text", "text": "a"})}, line)
     with pytest.raises(ValueError, match=named) as caught:
-        train_sft.open_data(path, 0)
+        load_instruction_dataset(path)
     assert "records.jsonl" in str(caught.value)
 
 
