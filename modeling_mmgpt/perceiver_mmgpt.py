@@ -35,7 +35,9 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * num_heads * head_dim, bias=False)
         self.to_out = nn.Linear(num_heads * head_dim, width, bias=False)
 
-    def forward(self, tokens: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
 
         Args:
@@ -44,14 +46,15 @@ class PerceiverAttention(nn.Module):
             mask: Bool `(B*M, 1, 1, F*P + N)`, true where attended; `None` for everywhere.
 
         Returns:
-            `(B*M, N, D)`, to be added to the latents.
+            `(B*M, N, D)`, to be added to the latents, and the weights `(B*M, H, N, F*P + N)` if the implementation is
+            eager.
         """
         latents = self.norm_latents(latents)
         keys_from = torch.cat([self.norm_media(tokens), latents], dim=1)  # (B*M, F*P + N, D)
         query = split_heads(self.to_q(latents), self.num_heads)  # (B*M, H, N, head_dim)
         key, value = (split_heads(x, self.num_heads) for x in self.to_kv(keys_from).chunk(2, dim=-1))
-        attended, _ = attend(self, query, key, value, mask)  # (B*M, N, H*head_dim)
-        return self.to_out(attended)
+        attended, weights = attend(self, query, key, value, mask)  # (B*M, N, H*head_dim)
+        return self.to_out(attended), weights
 
 
 class PerceiverResampler(nn.Module):
@@ -83,6 +86,7 @@ class PerceiverResampler(nn.Module):
         tokens: torch.Tensor,
         num_frames: torch.Tensor | None = None,
         image_numbers: torch.Tensor | None = None,
+        attentions: list | None = None,
     ) -> torch.Tensor:
         """Resample.
 
@@ -91,6 +95,8 @@ class PerceiverResampler(nn.Module):
             num_frames: `(B, M)`, how many of the `F` frames are real; `None` if all are.
             image_numbers: `(B, M)`, the place of each image in its row, from 0, for a model with embeddings of it;
                 `None` for 0 to M - 1.
+            attentions: A list the weights `(B*M, H, N, F*P + N)` of each layer are appended to, if they are wanted:
+                of the latents over the patches and over themselves. Needs the eager implementation.
 
         Returns:
             Latents `(B, M, N, D)`.
@@ -111,7 +117,10 @@ class PerceiverResampler(nn.Module):
         latents = self.latents.to(tokens.dtype).expand(B * M, -1, -1)  # (B*M, N, D)
         mask = None if num_frames is None else self._real_frames(num_frames, F, P)
         for attention, ff in self.layers:
-            latents = latents + attention(tokens, latents, mask)
+            attended, weights = attention(tokens, latents, mask)
+            if attentions is not None:
+                attentions.append(weights)
+            latents = latents + attended
             latents = latents + ff(latents)
         return self.norm(latents).view(B, M, -1, D)
 

@@ -1,0 +1,92 @@
+"""Chat with a model about pictures, in a terminal.
+
+python examples/chat.py outputs/quickstart/adapter
+
+/image FILE   a picture for the next question; several may be given
+/clear        begin a new conversation
+/save FILE    write the conversation as a record that examples/train_sft.py reads
+Ctrl-C        stop the reply and take its question back; Ctrl-D ends the chat
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TextStreamer
+from transformers.processing_utils import ProcessorMixin
+
+import processing_mmgpt  # noqa: F401 - for the Auto classes
+from processing_mmgpt.pictures_mmgpt import open_picture
+
+
+def reply(model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict], max_new_tokens: int) -> str:
+    """Write the reply to the screen, word by word, and return it."""
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def picture_part(path: str) -> dict:
+    """A content part with the picture, opened now: later turns see it as it is now, and a bad one is told at once."""
+    return {"type": "image", "image": open_picture(path), "path": str(Path(path).resolve())}
+
+
+def bare(part: dict) -> dict:
+    """A content part without its picture."""
+    return {key: value for key, value in part.items() if key in ("type", "text")}
+
+
+def save(messages: list[dict], path: Path) -> None:
+    """Write the conversation as one line of JSON, its pictures as absolute paths; all of it or nothing."""
+    if not messages:
+        raise ValueError("Nothing has been said yet.")
+    images = [part["path"] for message in messages for part in message["content"] if part["type"] == "image"]
+    record = {"messages": [{**said, "content": [bare(part) for part in said["content"]]} for said in messages]}
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps({**record, "images": images}, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main() -> None:
+    """Read a line, do what it says, until there is no more."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of an adapter or a model")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    args = parser.parse_args()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").eval()
+        processor = AutoProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{args.model} cannot be loaded, or its base cannot: {error}")
+    messages, pictures = [], []
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/image":
+                pictures.append(picture_part(argument.strip()))
+            elif command == "/clear":
+                messages, pictures = [], []
+            elif command == "/save":
+                save(messages, Path(argument.strip()))
+            elif command.startswith("/"):
+                print(f"{command} is none of /image FILE, /clear, /save FILE.")
+            elif line:
+                question = {"role": "user", "content": [*pictures, {"type": "text", "text": line}]}
+                answer = reply(model, processor, [*messages, question], args.max_new_tokens)
+                messages += [question, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+                pictures = []
+        except (OSError, ValueError) as error:
+            print(error)
+        except KeyboardInterrupt:
+            print("\nStopped; the question is taken back.")
+
+
+if __name__ == "__main__":
+    main()

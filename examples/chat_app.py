@@ -1,0 +1,242 @@
+"""Chat with a model about pictures, in the browser.
+
+    python examples/chat_app.py                                      # the tiny base
+    python examples/chat_app.py outputs/quickstart/adapter           # an adapter, on its base
+    python examples/chat_app.py BASE --adapter ONE --adapter TWO     # choose between adapters while chatting
+
+Needs `pip install -e ".[demo]"`; opens http://127.0.0.1:7860, for this machine alone. Pictures can come with any turn,
+several with one. `docs/chat.md` says who sees what and what stays where.
+
+gradio's own `ChatInterface` is not used: it keeps a question and its pictures in one message, and gradio 6.31 takes
+the pictures away when such a message is edited. Here each picture is a message of its own, and the text another.
+"""
+
+import argparse
+import asyncio
+import copy
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gradio as gr
+from transformers import AsyncTextIteratorStreamer, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+
+from processing_mmgpt.pictures_mmgpt import open_picture
+
+
+BASE = Path(__file__).with_name("tiny_world") / "base"
+RECORDS = Path(__file__).with_name("records")
+EXAMPLES = [
+    {"text": "What colour is the square?", "files": [str(RECORDS / "colour.png")]},
+    {"text": "Describe the picture.", "files": [str(RECORDS / "caption.png")]},
+    {"text": "What does the text say?", "files": [str(RECORDS / "reading.png")]},
+    {"text": "What is 12 plus 30?", "files": []},
+]
+NO_ADAPTER = "none"
+NO_SHARING = ".icon-button-wrapper:has(> button[aria-label=Share]) { display: none !important; }"
+UPLOADS = (600, 86_400)  # every ten minutes, delete the uploads that are older than a day
+
+# One reply at a time: an adapter is chosen for the whole model, and has to stay until the reply is written. One thread
+# holds even after a stop, when the chat has moved on and the model is still at its last token.
+WRITER = ThreadPoolExecutor(max_workers=1)
+
+
+def to_messages(history: list[dict]) -> list[dict]:
+    """The messages that the last reply answers, or will answer, from gradio's history.
+
+    What follows the last question, a reply to it, is left out.
+    """
+    roles = [message["role"] for message in history]
+    asked = len(roles) - roles[::-1].index("user") if "user" in roles else 0
+    return [{"role": m["role"], "content": [_part(part) for part in m["content"]]} for m in history[:asked]]
+
+
+def said(role: str, text: str) -> dict:
+    """A message of text in gradio's form; a bare string would lose its indentation there."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _part(part: dict) -> dict:
+    if part["type"] == "file":
+        return {"type": "image", "path": part["file"]["path"]}
+    return {"type": "text", "text": part["text"]}
+
+
+def ask(history: list[dict], question: dict) -> tuple[list[dict], dict]:
+    """Add a question, after a look at its pictures: a bad one would stand in the way of every later turn.
+
+    Args:
+        history: The conversation so far.
+        question: `text` and `files`, the paths of its pictures.
+
+    Returns:
+        The conversation with the question, and an empty question for the box.
+    """
+    for path in map(Path, question["files"]):
+        try:
+            open_picture(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise gr.Error(f"{path.name}: {error}") from error
+    if not question["text"].strip():
+        raise gr.Error("A question needs a text beside its pictures.")
+    pictures = [{"role": "user", "content": [{"path": path}]} for path in question["files"]]
+    return [*history, *pictures, said("user", question["text"])], {"text": "", "files": []}
+
+
+def ask_example(chosen: gr.SelectData) -> list[dict]:
+    """Begin a conversation with one of the examples; its number alone is taken from the browser."""
+    return ask([], EXAMPLES[chosen.index])[0]
+
+
+def edit(history: list[dict], edited: gr.EditData) -> list[dict]:
+    """Put another text into a question, and drop what came after it; its pictures stand before it."""
+    return [*history[: edited.index], said("user", edited.value)]
+
+
+def choose_adapter(model: PreTrainedModel, adapter: str) -> None:
+    """Switch to one of the adapters that were loaded, or to the bare model."""
+    if adapter != NO_ADAPTER:
+        model.enable_adapters()
+        model.set_adapter(adapter)
+    elif adapters(model):
+        model.disable_adapters()
+
+
+def adapters(model: PreTrainedModel) -> list[str]:
+    """Names of the adapters that were loaded."""
+    return list(getattr(model, "peft_config", {}))
+
+
+async def stream(
+    model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict], adapter: str, **options
+) -> AsyncIterator[str]:
+    """Yield the reply, as far as it is written; closing this generator stops the model at its next token.
+
+    Args:
+        model: The model, with its adapters.
+        processor: Its processor.
+        messages: A conversation that ends with a question.
+        adapter: One of [`adapters`], or `NO_ADAPTER`.
+        **options: For `generate`.
+    """
+    inputs = await asyncio.to_thread(
+        processor.apply_chat_template, messages, tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    streamer = AsyncTextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stopped = threading.Event()
+
+    def write() -> None:
+        try:
+            if not stopped.is_set():  # else it was stopped while it waited in line
+                choose_adapter(model, adapter)
+                criteria = [lambda ids, scores, **kwargs: stopped.is_set()]
+                model.generate(**inputs.to(model.device), streamer=streamer, stopping_criteria=criteria, **options)
+        finally:
+            streamer.end()  # an error must not leave the reader waiting
+
+    writing = WRITER.submit(write)
+    reply = ""
+    try:
+        async for text in streamer:
+            reply += text
+            yield reply
+        await asyncio.wrap_future(writing)  # raises what the model raised
+    finally:
+        stopped.set()
+
+
+def build_app(model: PreTrainedModel, processor: ProcessorMixin) -> gr.Blocks:
+    """Lay out the page and join its events; a conversation lives in its browser tab and comes with every request."""
+
+    async def reply(history: list[dict], adapter: str, max_new_tokens: int, temperature: float, top_p: float):
+        messages = to_messages(history)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **sampling}
+        try:
+            async for text in stream(model, processor, messages, adapter, **options):
+                yield [*history[: len(messages)], said("assistant", text)]
+        except (OSError, ValueError) as error:
+            raise gr.Error(str(error)) from error
+
+    def prompt(history: list[dict]) -> str:
+        messages = to_messages(history)
+        return processor.apply_chat_template(messages, add_generation_prompt=True) if messages else ""
+
+    choices = [NO_ADAPTER, *adapters(model)]
+    with gr.Blocks(title="mmgpt chat", analytics_enabled=False, delete_cache=UPLOADS, fill_height=True) as app:
+        # What was said is shown as it was said: a literal `<image>` in it is text, and no markup.
+        chat = gr.Chatbot(
+            show_label=False,
+            scale=1,
+            editable="user",
+            buttons=["copy"],
+            render_markdown=False,
+            examples=copy.deepcopy(EXAMPLES),  # gradio writes into them
+            allow_file_downloads=False,
+            group_consecutive_messages=False,
+        )
+        box = gr.MultimodalTextbox(
+            show_label=False, placeholder="Ask; pictures may come with every question", sources=["upload"],
+            file_types=["image"], file_count="multiple", autofocus=True, stop_btn=False,
+        )  # fmt: skip
+        stop = gr.Button("Stop", size="sm")
+        with gr.Accordion("Settings", open=False):
+            adapter = gr.Dropdown(choices, value=choices[-1], label="Adapter", interactive=len(choices) > 1)
+            length = gr.Slider(1, 512, value=128, step=1, label="Longest reply, in tokens")
+            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature; 0 takes the likeliest token")
+            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p")
+        with gr.Accordion("The exact prompt", open=False):
+            show = gr.Button("Show the prompt of the last question", size="sm")
+            shown = gr.Textbox(show_label=False, lines=3, max_lines=12, interactive=False, elem_id="prompt")
+        questions = [
+            box.submit(ask, [chat, box], [chat, box], show_progress="hidden"),
+            chat.example_select(ask_example, None, chat, show_progress="hidden"),
+            chat.edit(edit, chat, chat, show_progress="hidden"),
+        ]
+        settings = [adapter, length, temperature, top_p]
+        replies = [question.success(reply, [chat, *settings], chat) for question in questions]
+        replies.append(chat.retry(reply, [chat, *settings], chat))
+        stop.click(None, cancels=replies)
+        show.click(prompt, chat, shown)
+    return app
+
+
+def load(model: str, adapter_paths: list[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model or an adapter with its base, and further adapters under the names of their folders."""
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").eval()
+    for path in adapter_paths:
+        loaded.load_adapter(path, adapter_name=Path(path).name)
+    return loaded, AutoProcessor.from_pretrained(model)
+
+
+def main() -> None:
+    """Load, serve until Ctrl-C, and take the uploads away."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default=str(BASE), help="folder or Hub id of a model or an adapter")
+    parser.add_argument("--adapter", action="append", default=[], help="a further adapter; may be given several times")
+    parser.add_argument("--port", type=int, default=7860)
+    args = parser.parse_args()
+    try:
+        model, processor = load(args.model, args.adapter)
+    except (OSError, ValueError) as error:
+        sys.exit(f"The model cannot be loaded: {error}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that an end from outside cleans up as well
+    with tempfile.TemporaryDirectory(prefix="mmgpt-chat-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        app = build_app(model, processor)
+        # The fonts of gradio's own theme come from another host, and a picture's share button sends it to one.
+        theme = gr.themes.Base(font="system-ui", font_mono="monospace")
+        app.launch(
+            server_name="127.0.0.1", server_port=args.port, share=False, max_file_size="20mb", footer_links=[],
+            ssr_mode=False, theme=theme, css=NO_SHARING,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
