@@ -1,28 +1,50 @@
-"""Publish a tuned adapter or a model: stage one flat folder, show it, upload it when told to.
+"""Publish a tuned adapter, a merged model or a whole base: stage one flat folder, show it, upload it when told to.
 
-    python push_to_hub.py outputs/quickstart/adapter user/my-adapter           # stages and shows
-    python push_to_hub.py outputs/quickstart/adapter user/my-adapter --yes     # uploads
+    python push_to_hub.py outputs/quickstart/adapter user/my-adapter --report outputs/quickstart/report.json
+    python push_to_hub.py outputs/quickstart/adapter user/my-adapter --report outputs/quickstart/report.json --yes
+
+The first line is the dry run: every file with its size and SHA-256, and what stays behind. The second uploads them in
+one commit: a push that breaks off leaves the repository as it was, and its repetition skips what has arrived.
 
 The folder holds weights, processor, card and the remote code, so that it loads with `trust_remote_code=True` where
 these packages are not installed. An adapter whose base is only a folder on this machine takes the base with it.
+`docs/publishing.md` says what the card is made from.
 """
 
 import argparse
+import hashlib
 import json
+import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    hf_hub_download,
+)
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_mmgpt
 import processing_mmgpt
 
 
+# What is published, by name; nothing else is. The first of each must be there.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 PROCESSOR_FILES = ("processor_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json")
+CODE_FILES = ("*_mmgpt.py",)
 MODEL_AUTO_MAP = {
     "AutoConfig": "configuration_mmgpt.MMGPTConfig",
     "AutoModel": "modeling_mmgpt.MMGPTForConditionalGeneration",
@@ -30,9 +52,25 @@ MODEL_AUTO_MAP = {
 }
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_mmgpt.MMGPTProcessor"}
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_mmgpt.MMGPTImageProcessor"}
+# Keys and tokens by the forms their issuers give them.
+SECRETS = {
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
+    "an OpenAI key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "a GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{22,})",
+    "an AWS key": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
 
 
-def stage(source: Path, repo: str, staging: Path, base_model: str | None = None, report: Path | None = None) -> None:
+def stage(
+    source: Path,
+    repo: str,
+    staging: Path,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    report: Path | None = None,
+    licence: str | None = None,
+) -> None:
     """Put all that is to be published into one flat folder, which appears only when it is complete.
 
     Args:
@@ -40,26 +78,35 @@ def stage(source: Path, repo: str, staging: Path, base_model: str | None = None,
         repo: The name it will have, `user/name`.
         staging: The folder to make; one of an earlier staging is replaced.
         base_model: Hub id of an adapter's base, where the adapter was trained from a local copy of it.
-        report: A `report.json` of the quickstart, for the card.
+        base_revision: Commit of that base, where the adapter does not name it.
+        report: What training and evaluation wrote down, for the card; `source/report.json` if that is there.
+        licence: Hub id of the licence; that of the base if it says one.
 
     Raises:
         FileNotFoundError: If `source` is neither adapter nor model, has no processor, or its base cannot be found.
+        ValueError: If a file to be published holds a secret or a path of this machine.
     """
     is_adapter = (source / "adapter_config.json").is_file()
     if not is_adapter and not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has neither adapter_config.json nor config.json: nothing to publish.")
+    if report is None and (source / "report.json").is_file():
+        report = source / "report.json"
     staging.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".staging-") as name:
         folder = Path(name) / "folder"
         folder.mkdir()
         _copy(source, folder, PROCESSOR_FILES)
+        facts = {"report": {} if report is None else json.loads(report.read_text()), "repo": repo}
         if is_adapter:
             _copy(source, folder, ADAPTER_FILES)
-            _settle_base(folder, repo, base_model)
+            facts |= _settle_base(folder, repo, base_model, base_revision)
         else:
             _copy(source, folder, MODEL_FILES)
+            facts |= _facts_of_base(str(source), None)
+        facts["license"] = licence or facts["license"]
         _add_remote_code(folder)
-        _write_card(folder, repo, report)
+        _check(folder)
+        write_card(folder, facts)
         if staging.exists():
             shutil.rmtree(staging)
         folder.rename(staging)
@@ -73,19 +120,41 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
             shutil.copy2(file, target / file.name)
 
 
-def _settle_base(folder: Path, repo: str, base_model: str | None) -> None:
-    """Name the base by something that others can load."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    base = Path(config["base_model_name_or_path"])
-    if base_model is not None:
-        config["base_model_name_or_path"] = base_model
-    elif base.is_dir():
-        _copy(base, folder, MODEL_FILES)
-        config["base_model_name_or_path"] = repo
-    elif base.is_absolute():
-        raise FileNotFoundError(f"The adapter's base {base} is not there; name its Hub id with --base-model.")
-    path.write_text(json.dumps(config, indent=2) + "\n")
+def _settle_base(folder: Path, repo: str, base_model: str | None, base_revision: str | None) -> dict:
+    """Name the base by something that others can load, with the commit it was; return what the card says of it."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    recorded = config["base_model_name_or_path"]
+    revision = base_revision or config.get("revision")
+    if base_model is None and Path(recorded).is_dir():
+        _copy(Path(recorded), folder, MODEL_FILES)
+        name, revision = repo, None  # the base is in the same commit
+    elif base_model is None and Path(recorded).is_absolute():
+        raise FileNotFoundError(f"The adapter's base {recorded} is not there; name its Hub id with --base-model.")
+    else:
+        name = base_model or recorded
+    _update(
+        folder / "adapter_config.json", lambda config: config.update(base_model_name_or_path=name, revision=revision)
+    )
+    facts = _facts_of_base(recorded if Path(recorded).is_dir() else name, revision)
+    return facts | {"base": name, "base_revision": revision}
+
+
+def _facts_of_base(base: str, revision: str | None) -> dict:
+    """What the config and the card of a base, a folder or a Hub id, say of it; `None` where they say nothing."""
+    config, card = (_open_file(base, name, revision) for name in ("config.json", "README.md"))
+    return {
+        "media_attention": None if config is None else json.loads(config.read_text())["media_attention"],
+        "license": None if card is None else ModelCard.load(card, ignore_metadata_errors=True).data.license,
+    }
+
+
+def _open_file(base: str, name: str, revision: str | None) -> Path | None:
+    if Path(base).is_dir():
+        return Path(base) / name if (Path(base) / name).is_file() else None
+    try:
+        return Path(hf_hub_download(base, name, revision=revision))
+    except (EntryNotFoundError, RepositoryNotFoundError):  # not there, or no Hub within reach: the card says less
+        return None
 
 
 def _add_remote_code(folder: Path) -> None:
@@ -104,30 +173,187 @@ def _add_remote_code(folder: Path) -> None:
     _update(folder / "processor_config.json", point)
 
 
-def _update(path: Path, change) -> None:
+def _update(path: Path, change: Callable[[dict], None]) -> None:
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_card(folder: Path, repo: str, report: Path | None) -> None:
-    adapter = folder / "adapter_config.json"
-    adapter_config = json.loads(adapter.read_text()) if adapter.is_file() else None
-    base = None if adapter_config is None else adapter_config["base_model_name_or_path"]
-    data = ModelCardData(
-        library_name="peft" if adapter_config else "transformers",
-        base_model=base if base != repo else None,
-        pipeline_tag="image-text-to-text",
-        tags=["mmgpt", "flamingo", *(["lora"] if adapter_config else [])],
+def _check(folder: Path) -> None:
+    """Let no secret out, and no path of this machine."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":
+            continue
+        text = file.read_text()
+        for kind, pattern in SECRETS.items():
+            if re.search(pattern, text):
+                raise ValueError(f"{file.name} holds {kind}: nothing is published. Take it out, and revoke it.")
+    for name in ("config.json", "adapter_config.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            _update(folder / name, _forget_paths)
+
+
+def _forget_paths(config: dict) -> None:
+    """Empty, at any depth, the names of parts that were folders here."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _forget_paths(value)
+        elif (
+            isinstance(value, str) and key.endswith("name_or_path") and (os.path.isabs(value) or os.path.isdir(value))
+        ):
+            config[key] = ""
+
+
+def left_behind(source: Path, staging: Path) -> list[str]:
+    """Name what is in the source and is not published: optimizer states, logs, checkpoints, and what is not ours."""
+    staged = {file.name for file in staging.iterdir()}
+    return sorted(file.name + "/" * file.is_dir() for file in source.iterdir() if file.name not in staged)
+
+
+def show(staging: Path) -> None:
+    """Print the staged files with their sizes in bytes and their SHA-256."""
+    files = sorted(staging.iterdir())
+    for file in files:
+        with file.open("rb") as opened:
+            print(f"{file.stat().st_size:>14,}  {hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.name}")
+    print(f"{sum(file.stat().st_size for file in files):>14,}  bytes in {len(files)} files in {staging}")
+
+
+def upload(
+    staging: Path,
+    repo: str,
+    private: bool = False,
+    revision: str | None = None,
+    pull_request: bool = False,
+    message: str = "Upload with mmgpt",
+) -> CommitInfo:
+    """Put the staged folder on the Hub in one commit, made only when every file has arrived.
+
+    `HfApi.upload_folder` would make several commits of a large folder, and a reader between two of them would see half
+    a model. Files of an earlier push that are not staged any more, such as the shards of a larger model, go in the
+    same commit; other files of the repository stay. The client shows its progress.
+
+    Raises:
+        ValueError: If the repository shall be private, and is there already and public.
+    """
+    api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    if private and not api.model_info(repo).private:
+        raise ValueError(f"{repo} exists already and is public: nothing was uploaded. Make it private there first.")
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    additions = [CommitOperationAdd(file.name, str(file)) for file in sorted(staging.iterdir())]
+    staged = {addition.path_in_repo for addition in additions}
+    ours = ADAPTER_FILES + MODEL_FILES + PROCESSOR_FILES + CODE_FILES
+    stale = [
+        name
+        for name in api.list_repo_files(repo, revision=revision)
+        if name not in staged and any(Path(name).match(pattern) for pattern in ours) and "/" not in name
+    ]
+    return api.create_commit(
+        repo,
+        [*additions, *map(CommitOperationDelete, stale)],
+        commit_message=message,
+        revision=revision,
+        create_pr=pull_request,
     )
-    parts = [f"---\n{data.to_yaml()}\n---\n\n# {repo.split('/')[-1]}\n", _about(folder, adapter_config, repo)]
-    parts.append(LOADING.format(repo=repo))
-    if report is not None:
-        parts.append(_results(json.loads(report.read_text())))
-    ModelCard("\n".join(parts)).save(folder / "README.md")
+
+
+# The card: what really happened, as far as the files say
+
+
+def write_card(folder: Path, facts: dict) -> None:
+    """Write `README.md` for a staged folder.
+
+    Args:
+        folder: The folder.
+        facts: `repo`; `report`, see `docs/publishing.md`; `media_attention` and `license`, or `None`; for an adapter,
+            `base` and `base_revision`.
+    """
+    repo, report, base = facts["repo"], facts["report"], facts.get("base")
+    data = ModelCardData(
+        library_name="transformers" if base is None else "peft",
+        license=facts["license"],
+        base_model=base if base != repo else None,
+        base_model_relation="adapter" if base not in (None, repo) else None,
+        pipeline_tag="image-text-to-text",
+        tags=["mmgpt", "flamingo", *([] if base is None else ["lora"])],
+        model_name=repo.split("/")[-1],
+        eval_results=_eval_results(report) or None,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {repo.split('/')[-1]}",
+        "A Flamingo-style vision-language model that holds a dialogue about pictures, made with mmgpt.",
+        *([] if base is None else _about_adapter(folder, facts)),
+        *([] if "merge" not in report else [_about_merge(report["merge"])]),
+        *_about_model(folder, facts),
+        _loading(facts),
+        *_about_training(report),
+        *_about_results(report),
+    ]
+    card = ModelCard("\n\n".join(parts) + "\n")  # parses the metadata, and raises if it cannot
+    card.save(folder / "README.md")
+
+
+def _about_adapter(folder: Path, facts: dict) -> list[str]:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    with safe_open(folder / "adapter_model.safetensors", "np") as weights:
+        names = list(weights.keys())
+        count = sum(_size(weights.get_slice(name).get_shape()) for name in names)
+    adapted = sorted({found[1] for name in names if (found := re.search(r"\.\d+\.(?:\w+layer\.)?(.+)\.lora_A", name))})
+    others = sorted({name.removeprefix("base_model.model.") for name in names if ".lora_" not in name})
+    revision = "" if facts["base_revision"] is None else f" at commit `{facts['base_revision']}`"
+    where = "which is in this repository" if facts["base"] == facts["repo"] else f"`{facts['base']}`{revision}"
+    lines = [
+        f"It is a LoRA adapter (r = {config['r']}, alpha = {config['lora_alpha']}; {count:,} weights) of its base, "
+        f"{where}. Adapted: {', '.join(f'`{name}`' for name in adapted)}."
+    ]
+    if others:
+        lines.append(f"Trained as a whole: {', '.join(f'`{name}`' for name in others)}.")
+    return lines
+
+
+def _size(shape: list[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _about_merge(merge: dict) -> str:
+    return (
+        f"Its LoRA adapter has been merged into the weights ({merge['dtype']}). On a probe with a picture the logits, "
+        f"of {merge['max_logit']:.1f} at most, differ from those of the adapter on its base by "
+        f"{merge['max_logit_difference']:.1e} at most."
+    )
+
+
+def _about_model(folder: Path, facts: dict) -> list[str]:
+    lines = []
+    if facts["media_attention"] is not None:
+        lines.append(f"Text attends to pictures in the mode `{facts['media_attention']}`.")
+    if facts["license"] is None:
+        lines.append("The base does not state a licence.")
+    processor = processing_mmgpt.MMGPTProcessor.from_pretrained(folder)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    lines.append(f"A question becomes this prompt:\n\n```\n{prompt}\n```")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("mmgpt", "transformers", "peft", "torch"))
+    lines.append(f"Published with {packages}.")
+    return lines
+
+
+def _loading(facts: dict) -> str:
+    text = LOADING.format(repo=facts["repo"])
+    if facts.get("base") not in (None, facts["repo"]):
+        pinned = "" if facts["base_revision"] is None else f', revision="{facts["base_revision"]}"'
+        text += LOADING_ON_BASE.format(repo=facts["repo"], base=facts["base"], pinned=pinned)
+    return text
 
 
 LOADING = """## How to load it
+
+With transformers alone (and peft, for an adapter); the code of the model comes from this repository:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -138,46 +364,75 @@ content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text":
 messages = [{{"role": "user", "content": content}}]
 inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
 ids = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-With the package `mmgpt` installed and `import modeling_mmgpt, processing_mmgpt`, `trust_remote_code` is not needed.
-"""
+As a pipeline:
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", "{repo}", trust_remote_code=True)
+print(pipe(text=messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
+```
+
+With the package mmgpt installed, `import modeling_mmgpt, processing_mmgpt` takes the place of `trust_remote_code`."""
+
+LOADING_ON_BASE = """
+
+On the base that it was trained on, to the commit:
+
+```python
+from peft import PeftModel
+
+base = AutoModelForImageTextToText.from_pretrained("{base}"{pinned}, trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{repo}")
+```"""
 
 
-def _about(folder: Path, adapter_config: dict | None, repo: str) -> str:
-    lines = ["A Flamingo-style vision-language model that holds a dialogue about pictures, made with mmgpt."]
-    if adapter_config is not None:
-        base = adapter_config["base_model_name_or_path"]
-        where = "which stands beside it in this repository" if base == repo else f"`{base}`"
-        lines.append(
-            f"It is a LoRA adapter (r = {adapter_config['r']}, alpha = {adapter_config['lora_alpha']}) of its base, "
-            f"{where}. Adapted modules: `{adapter_config['target_modules']}`."
+def _about_training(report: dict) -> list[str]:
+    lines = []
+    if "training" in report:
+        lines.append(", ".join(f"{name}: {value}" for name, value in report["training"].items()) + ".")
+    if "data" in report:
+        rows = "\n".join(f"| {name} | {count:,} |" for name, count in report["data"].items())
+        lines.append(f"| data | rows |\n|---|---|\n{rows}\n| in all | {sum(report['data'].values()):,} |")
+    return ["## Training", *lines] if lines else []
+
+
+def _measure(row: dict) -> str:
+    """The name of the metric of a row of results: what is neither its interval nor its count."""
+    return next(key for key in row if key not in ("low", "high", "n"))
+
+
+def _eval_results(report: dict) -> list[EvalResult]:
+    dataset = report.get("dataset", "own questions")
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=dataset.lower().replace(" ", "-"),
+            dataset_name=dataset,
+            dataset_config=name,
+            metric_type=_measure(row),
+            metric_value=row[_measure(row)],
         )
-    if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
-        lines.append(f"Text attends to pictures in the mode `{config['media_attention']}`.")
-    return "\n\n".join(lines) + "\n"
-
-
-def _results(report: dict) -> str:
-    """The table of a quickstart's report."""
-    rows = [
-        f"| {name} | {row['accuracy']:.1%} | {row['low']:.1%} .. {row['high']:.1%} | {row['n']} |"
-        for name, row in report["skills"].items()
+        for name, row in report.get("skills", {}).items()
     ]
-    head = (
-        f"## Results\n\nExact match of the whole greedy reply, by `examples/quickstart.py --seed {report['seed']}`.\n"
-    )
-    return "\n".join([head, "| skill | right | 95 % interval | questions |", "|---|---|---|---|", *rows, ""])
 
 
-def show(staging: Path) -> None:
-    """Print the staged files with their sizes."""
-    files = sorted(staging.iterdir())
-    for file in files:
-        print(f"{file.stat().st_size:>12,}  {file.name}")
-    print(f"{sum(file.stat().st_size for file in files):>12,}  bytes in {staging}")
+def _about_results(report: dict) -> list[str]:
+    """The table of results, with how they were measured."""
+    if "skills" not in report:
+        return []
+    measured = [report[key] for key in ("protocol", "date", "machine", "versions") if key in report]
+    lines = ["## Results", "; ".join(measured) + "." if measured else "The report does not say how."]
+    if "command" in report:
+        lines.append(f"```\n{report['command']}\n```")
+    rows = ["| on | metric | value | 95 % interval | questions |", "|---|---|---|---|---|"]
+    for name, row in report["skills"].items():
+        interval = f"{row['low']:.4g} .. {row['high']:.4g}" if "low" in row else ""
+        rows.append(f"| {name} | {_measure(row)} | {row[_measure(row)]:.4g} | {interval} | {row.get('n', '')} |")
+    return [*lines, "\n".join(rows)]
 
 
 def main() -> None:
@@ -186,20 +441,27 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="folder of an adapter or a model, with its processor")
     parser.add_argument("repo", help="user/name on the Hub")
     parser.add_argument("--base-model", help="Hub id of the adapter's base, if it was trained from a local copy")
-    parser.add_argument("--report", type=Path, help="report.json of the quickstart, for the card")
+    parser.add_argument("--base-revision", help="commit of that base (default: what the adapter names)")
+    parser.add_argument("--report", type=Path, help="JSON of training and evaluation (default: SOURCE/report.json)")
+    parser.add_argument("--license", help="Hub id of the licence (default: what the card of the base says)")
     parser.add_argument("--staging", type=Path, help="the folder to stage in (default: outputs/staging/NAME)")
     parser.add_argument("--private", action="store_true", help="make a private repository")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--revision", help="branch to push to, made if it is not there (default: main)")
+    where.add_argument("--pull-request", action="store_true", help="open a pull request against main")
+    parser.add_argument("--message", default="Upload with mmgpt", help="of the commit")
     parser.add_argument("--yes", action="store_true", help="upload")
     args = parser.parse_args()
     staging = args.staging or Path("outputs/staging") / args.repo.split("/")[-1]
-    stage(args.source, args.repo, staging, args.base_model, args.report)
+    stage(args.source, args.repo, staging, args.base_model, args.base_revision, args.report, args.license)
     show(staging)
+    for name in left_behind(args.source, staging):
+        print(f"{'not published':>14}  {name}")
     if not args.yes:
         print("Nothing was uploaded; --yes uploads.")
         return
-    api = HfApi()
-    api.create_repo(args.repo, private=args.private, exist_ok=True)
-    print(api.upload_folder(repo_id=args.repo, folder_path=staging, commit_message="Upload with mmgpt"))
+    done = upload(staging, args.repo, args.private, args.revision, args.pull_request, args.message)
+    print(done.pr_url or done.commit_url)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -156,6 +157,11 @@ def main() -> None:
     report = {
         "seconds": round(time.perf_counter() - start, 1),
         "seed": args.seed,
+        "training": {"steps": args.steps, "dialogues a step": BATCH, "seed": args.seed},
+        "data": dict(sorted(Counter(example.skill for example in examples).items())),
+        **evaluation.measured_with(f"python examples/quickstart.py --seed {args.seed} --steps {args.steps}"),
+        "dataset": "Tiny world",
+        "protocol": "exact match of the whole greedy reply, held-out questions",
         "skills": skills,
         "controls": controls,
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import peft
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -33,8 +34,8 @@ def lora_config(
     is 23,461,888 parameters, the number Multimodal-GPT's own log prints:
     https://github.com/open-mmlab/Multimodal-GPT/issues/26.
 
-    The adapter will name its base; a base in a local folder by its absolute path, which is written into
-    `model.name_or_path`.
+    The adapter will name its base: one from the Hub by its id and commit, one in a local folder by its absolute path,
+    which is written into `model.name_or_path`.
 
     Args:
         model: The model to adapt, for the names of its LM's matrices.
@@ -42,7 +43,7 @@ def lora_config(
         lora_alpha: Scale; the update is `lora_alpha / r * B @ A`.
         language_mlp: Adapt the LM's feed-forward as well.
         new_tokens: Train the rows of `<image>` and `<|endofchunk|>` in embedding and head, see [`new_token_rows`].
-        **kwargs: Other fields of `peft.LoraConfig`.
+        **kwargs: Other fields of `peft.LoraConfig`; `revision` for a base that was not loaded from `main`.
 
     Raises:
         ValueError: If `language_mlp` is asked for and the LM's feed-forward has no linear layer, as where a mixture of
@@ -51,6 +52,10 @@ def lora_config(
     if Path(model.name_or_path).is_dir():
         # PEFT writes this into the adapter, which has to find its base from any working directory.
         model.name_or_path = str(Path(model.name_or_path).resolve())
+    elif model.name_or_path:
+        # The model does not know its commit; the cache knows which one `main` was when it was loaded.
+        cached = try_to_load_from_cache(model.name_or_path, "config.json")
+        kwargs.setdefault("revision", Path(cached).parent.name if isinstance(cached, str) else None)
     decoder, name = decoder_layers(model.model.text_model)
     attention, feed_forward = set(), set()
     for layer in getattr(decoder, name):

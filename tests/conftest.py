@@ -5,16 +5,19 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
 
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration
+from modeling_mmgpt.adapters_mmgpt import lora_config
 from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
 
 
+BASE = Path(__file__).parents[1] / "examples" / "tiny_world" / "base"
 SIDE = 24  # of a picture, in pixels
 END_OF_CHUNK, IMAGE, PAD, VOCABULARY = 258, 259, 260, 261  # <s> is 256, </s> 257, below them the bytes
 VISION = {"width": 16, "layers": 2, "head_width": 8, "patch_size": 8, "image_size": SIDE, "quick_gelu": True}
@@ -234,3 +237,35 @@ def draw(processor):
         return drawn + ("»" if inside else "")
 
     return make
+
+
+def _random_adapter(base, folder, seed=0):
+    model = MMGPTForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(seed)
+    tuned = peft.get_peft_model(model, lora_config(model, r=4))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.06)
+    tuned.save_pretrained(folder)
+    AutoProcessor.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_adapter():
+    """Save an adapter that changes what its base says, with its processor: `make_adapter(base, folder, seed=0)`."""
+    return _random_adapter
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory):
+    """The folder of an adapter of the shipped base."""
+    return _random_adapter(BASE, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory):
+    """The file of a picture of the size that the shipped base sees."""
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.linear_gradient("L").resize((48, 48)).convert("RGB").save(path)
+    return path

@@ -83,6 +83,7 @@ def root(tmp_path, monkeypatch, adapter) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "outputs" / "quickstart").mkdir(parents=True)
     (tmp_path / "outputs" / "quickstart" / "adapter").symlink_to(adapter)
+    (tmp_path / "outputs" / "quickstart" / "report.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
