@@ -40,6 +40,8 @@ README = {
     "SmolLM2": "downloads a vision tower and a language model",
     "build_base": "takes a GPU",
     "--yes": "uploads; your_data.md stages alone",
+    "chat_app.py": "waits for questions; tests/test_chat.py and test_show_attention.py run all three",
+    "serve.py": "waits for requests; tests/test_serving.py runs it",
 }
 
 
