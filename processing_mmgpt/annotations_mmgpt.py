@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .messages_mmgpt import normalise, take_images
 from .readers_mmgpt import READERS
@@ -17,6 +17,9 @@ from .readers_mmgpt import READERS
 MESSAGES = "messages"  # the reader of records that are in our form already
 # An absolute path, a drive, a step up; with either slash, since the file may come from another system.
 LEAVING = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")
+
+SPACE = re.compile(r"[ \t\r\n]*")
+CHUNK = 2**20  # characters of a list that are read at once
 
 
 # One record
@@ -124,6 +127,8 @@ def read_file(
     """
     if is_lines(path):
         rows = _read_lines(path)
+    elif annotations is None and _is_list(path):
+        rows = _read_list(path)
     else:
         rows = (
             (number, None, record, None) for number, record in enumerate(_read_document(path, annotations, reader))
@@ -164,6 +169,48 @@ def _read_lines(path: str) -> Iterator[tuple[int, str, Any, str | None]]:
                 yield number, line.decode(errors="replace"), None, f"Wrong JSON: {error}"
             else:
                 yield number, text, record, None
+
+
+def _is_list(path: str) -> bool:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.read(CHUNK).lstrip()[:1] == "["
+
+
+def _read_list(path: str) -> Iterator[tuple[int, str, Any, str | None]]:
+    """Read a list item by item, so that gigabytes of it are never in memory at once."""
+    decode, number, size = json.JSONDecoder().raw_decode, 0, CHUNK
+    with open(path, encoding="utf-8-sig") as file:
+        text = _characters(file, size)
+        at = text.index("[") + 1
+        closing = ","
+        while closing == ",":
+            try:
+                start = SPACE.match(text, at).end()
+                if number == 0 and text[start : start + 1] == "]":
+                    return
+                record, end = decode(text, start)
+                closes = SPACE.match(text, end).end()
+                closing = text[closes]
+                if closing not in ",]":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, closes)
+            except (IndexError, ValueError, RecursionError) as error:  # wrong, or not read far enough
+                size, closing = 2 * size, ","
+                if not (more := _characters(file, size)):
+                    reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                    raise ValueError(f"{path}: wrong JSON: record {number}, counted from 0: {reason}.") from error
+                text, at = text[at:] + more, 0
+                continue
+            yield number, text[start:end], record, None
+            number, at, size = number + 1, closes + 1, CHUNK
+        if (text[at:] + _characters(file)).strip():
+            raise ValueError(f"{path}: wrong JSON: something stands behind the list.")
+
+
+def _characters(file: TextIO, size: int = -1) -> str:
+    try:
+        return file.read(size)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name}: wrong JSON: {error}") from error
 
 
 def _read_document(path: str, annotations: str | None, reader: str) -> list[Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 from test_readers import EXPECTED, GOLDENS, NEEDED, annotations
 from torch.utils.data import DataLoader
 
+from processing_mmgpt import annotations_mmgpt
 from processing_mmgpt.annotations_mmgpt import confined
 from processing_mmgpt.mixture_mmgpt import load_instruction_dataset, read_mixture
 from processing_mmgpt.readers_mmgpt import READERS, TEXT_READERS
@@ -402,7 +403,7 @@ def test_a_damaged_record_is_named_before_a_training_starts(tmp_path, text, mess
         list(load_instruction_dataset({"sources": [source], "streaming": True}))
 
 
-@pytest.mark.parametrize(("text", "message"), [("[{]", "wrong JSON: .*line 1"), ('{"a": 1}', r"holds \['a'\]")])
+@pytest.mark.parametrize(("text", "message"), [("[{]", "wrong JSON: record 0"), ('{"a": 1}', r"holds \['a'\]")])
 def test_a_file_of_another_form_is_named(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     source = {"reader": "clevr", "files": str(tmp_path / "a.json"), "image_root": str(tmp_path)}
@@ -458,3 +459,23 @@ def test_the_report_counts_everything(tmp_path, both, processor):
     draw(findings, tmp_path / "report.png")
     assert Image.open(tmp_path / "report.png").size > (500, 500)
     assert report(mixture, processor, limit=2)[1]["coco_caption"].rows == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 2**20])
+def test_a_list_is_read_item_by_item_as_it_would_be_at_once(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(annotations_mmgpt, "CHUNK", size)
+    file = tmp_path / "list.json"
+    rng = random.Random(0)
+    for indent in (None, 2):
+        records = [{"a": rng.random(), "é": ["]", "\n", {"b": None}] * rng.randrange(3)} for _ in range(20)]
+        records += [12, -3.5e7, True, "x,]", [], {}]
+        file.write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8-sig")
+        read = list(annotations_mmgpt.read_file(str(file), None, "dolly", {}))
+        assert [record for _, _, record, _ in read] == records and [n for n, *_ in read] == list(range(26))
+        assert [json.loads(text) for _, text, _, _ in read] == records
+    for wrong in ("[1, 2", "[1,]", "[1 2]", "[1] 2", "[,]", '[{"a": }]', "["):
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match="list.json: wrong JSON"):
+            list(annotations_mmgpt.read_file(str(file), None, "dolly", {}))
+    file.write_text(" [ ] ")
+    assert list(annotations_mmgpt.read_file(str(file), None, "dolly", {})) == []
