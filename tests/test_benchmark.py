@@ -1,0 +1,37 @@
+"""Speed: what is imported, what is compiled anew, and that the benchmark runs. The figures are the benchmark's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import note_results
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_nothing_is_imported_that_is_not_used():
+    code = "import sys, modeling_mmgpt, processing_mmgpt; print([n for n in sys.argv[1:] if n in sys.modules])"
+    unused = ("trl", "datasets", "matplotlib", "open_clip", "peft", "av", "sklearn", "gradio")
+    printed = subprocess.run(
+        [sys.executable, "-c", code, *unused], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert printed.stdout.strip() == "[]"
+
+
+@pytest.mark.bars
+def test_the_benchmark_runs_and_nothing_is_compiled_anew(tmp_path):
+    """On a CPU, tiny, with graphs traced and not compiled: 50 requests of random length and number of pictures."""
+    command = [sys.executable, "examples/benchmark.py", "--tiny", "--output-dir", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    result = json.loads((tmp_path / "benchmark.json").read_text())
+    assert result["recompiles"]["recompiles"] == 0 and result["recompiles"]["requests"] == 50
+    rows = {(row["model"], row["setting"], row["images"]): row["tokens_s"] for row in result["decode"]["rows"]}
+    assert {model for model, *_ in rows} == {"mmgpt", "idefics", "mllama", "lm"}
+    assert {row["setting"] for row in result["train"] if row["model"] == "mmgpt"} == {"plain", "fast", "lean"}
+    assert [row["loop"] for row in result["mixture"]] == ["two padded passes", "packed"]
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    speeds = {f"{model}, {setting}": value for (model, setting, images), value in rows.items() if images == 1}
+    note_results("benchmark", {"tokens a second, one row, on this CPU": speeds, "recompiles": result["recompiles"]})
