@@ -14,6 +14,7 @@ command line or, with `--config examples/recipes/lora.yaml`, in a file. What kil
 command with `--resume` goes on. Many GPUs: `docs/scaling.md`.
 """
 
+import json
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -119,6 +120,11 @@ def main() -> None:
     trainer.save_model(config.output_dir)
     if trainer.accelerator.is_main_process:
         processor.save_pretrained(config.output_dir)
+        training = {"steps": trainer.state.global_step, "learning rate": config.learning_rate, "seed": config.seed}
+        report = {"training": training} | (
+            {"data": {script.data.name: len(data)}} if isinstance(data, Dataset) else {}
+        )
+        Path(config.output_dir, "report.json").write_text(json.dumps(report, indent=1) + "\n")  # for push_to_hub.py
 
 
 if __name__ == "__main__":

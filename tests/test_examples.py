@@ -87,6 +87,8 @@ def test_train_sft_by_accelerate_tunes_on_pictures_and_text_and_its_adapter_load
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(BASE)  # found from any working directory
+    report = json.loads((tmp_path / "adapter" / "report.json").read_text())
+    assert report == {"training": {"steps": 2, "learning rate": 0.01, "seed": 42}, "data": {"records.jsonl": 2}}
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in weights.items())
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
