@@ -2,9 +2,10 @@
 
     python examples/few_shot.py
 
-The pictures are of the tiny world, one object each, and the labels are made up: every colour has a name that the
-model has never seen as a colour's. Prints a prompt, then the share of right answers for several numbers of examples,
-drawn at random and chosen by likeness to the picture asked about (RICES). The index goes to `outputs/few_shot`.
+The pictures are of the tiny world, one object each, and the labels are made up: each colour is given a word that named
+another class in every sequence of the model's training. Prints a prompt, then the share of right answers for several
+numbers of examples, drawn at random and chosen by likeness to the picture asked about (RICES). The index goes to
+`outputs/few_shot`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from tiny_world.corpus import LABELLED, PSEUDO_WORDS
 from tiny_world.scenes import SEEN_PAIRS, render, sample_scene
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 
 import processing_mmgpt  # noqa: F401 - for the Auto classes
 from modeling_mmgpt.vision_mmgpt import pooled_features
@@ -33,16 +34,29 @@ CLASSES = ("red", "green", "blue")
 
 
 def labelled_pictures(rng: random.Random, count: int, names: dict[str, str]) -> list[dict]:
-    """Records of pictures whose responses are the names of their colours."""
+    """Records of pictures whose responses are the names of their classes.
+
+    Args:
+        rng: Source of all randomness.
+        count: How many.
+        names: The name of each class, a colour or a shape. All classes are equally likely.
+    """
     records = []
     for _ in range(count):
-        pair = rng.choice([pair for pair in SEEN_PAIRS if pair[0] in names])
+        member = rng.choice(list(names))
+        pair = rng.choice([pair for pair in SEEN_PAIRS if member in pair])
         messages = [
             {"role": "user", "content": [{"type": "image"}]},
-            {"role": "assistant", "content": f" {names[pair[0]]}"},
+            {"role": "assistant", "content": f" {names[member]}"},
         ]
         records.append({"messages": messages, "images": [render(sample_scene(rng, count=1, pairs=[pair]))]})
     return records
+
+
+def prompts(processor: ProcessorMixin, records: list[dict]) -> BatchFeature:
+    """A batch in the form of the documents that this base was trained on; the defaults are OpenFlamingo's."""
+    bos_token = processor.tokenizer.bos_token
+    return interleaved_prompts(processor, records, caption=LABELLED, separator="", bos_token=bos_token)
 
 
 def main() -> None:
@@ -57,8 +71,6 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(BASE)
 
-    # As in the documents that this base was trained on; the defaults are OpenFlamingo's.
-    form = {"caption": LABELLED, "separator": "", "bos_token": processor.tokenizer.bos_token}
     rng = random.Random(args.seed)
     names = dict(zip(CLASSES, rng.sample(PSEUDO_WORDS, len(CLASSES)), strict=True))
     pool, asked = labelled_pictures(rng, args.pool, names), labelled_pictures(rng, args.queries, names)
@@ -76,7 +88,7 @@ def main() -> None:
 
     def ask(chosen: list[list[int]]) -> float:
         records = [few_shot([pool[i] for i in row], query) for row, query in zip(chosen, queries, strict=True)]
-        batch = interleaved_prompts(processor, records, **form)
+        batch = prompts(processor, records)
         # A name is one token here. Of other models, let a reply end at `eos_token_id=processor.end_of_chunk_token_id`.
         ids = model.generate(**batch, max_new_tokens=1, do_sample=False)
         replies = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -84,7 +96,7 @@ def main() -> None:
         return right / len(answers)
 
     example = few_shot([pool[i] for i in choose_at_random(len(pool), 2, rng)], queries[0])
-    shown = interleaved_prompts(processor, [example], **form)
+    shown = prompts(processor, [example])
     print(processor.decode(shown["input_ids"][0]), f"\n\n{'shots':<8}{'random':>8}{'similar':>9}")
     for shots in args.shots:
         at_random = ask([choose_at_random(len(pool), shots, rng) for _ in queries])

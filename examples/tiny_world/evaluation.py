@@ -46,14 +46,13 @@ def answer(
 
 def score(examples: Sequence[Example], replies: Sequence[str]) -> dict[str, float | int]:
     """Share of replies that are the whole answer, with its Wilson interval at 95 %."""
-    right = sum(example.answer == reply for example, reply in zip(examples, replies, strict=True))
-    interval = binomtest(right, len(examples)).proportion_ci(CONFIDENCE, method="wilson")
-    return {
-        "accuracy": right / len(examples),
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "n": len(examples),
-    }
+    return share(sum(e.answer == reply for e, reply in zip(examples, replies, strict=True)), len(examples))
+
+
+def share(right: int, n: int) -> dict[str, float | int]:
+    """`right` of `n`, with the Wilson interval at 95 %."""
+    interval = binomtest(right, n).proportion_ci(CONFIDENCE, method="wilson")
+    return {"accuracy": right / n, "low": float(interval.low), "high": float(interval.high), "n": n}
 
 
 def with_blank_pictures(examples: Sequence[Example]) -> list[Example]:
