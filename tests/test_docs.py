@@ -11,6 +11,7 @@ run here.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -81,8 +82,10 @@ def adapter(tmp_path_factory) -> Path:
 @pytest.fixture
 def root(tmp_path, monkeypatch, adapter) -> Path:
     """A folder that looks like the root of the repository, which blocks may write to."""
-    for name in ("examples", "modeling_mmgpt", "processing_mmgpt", "push_to_hub.py", "docs", "tests"):
+    for name in ("examples", "modeling_mmgpt", "processing_mmgpt", "push_to_hub.py"):
         (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("docs", "tests"):  # which a block may write to
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("goldens", "__pycache__"))
     (tmp_path / "outputs" / "quickstart").mkdir(parents=True)
     (tmp_path / "outputs" / "quickstart" / "adapter").symlink_to(adapter)
     (tmp_path / "outputs" / "quickstart" / "report.json").write_text("{}")
