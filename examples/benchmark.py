@@ -286,7 +286,7 @@ def bytes_a_token(model: nn.Module) -> int:
 
 def measure_decode(shape: Shape, kinds: list[str], tiny: bool) -> dict:
     """Generation of all models, eager and compiled; a case is rows, images, tokens."""
-    tokens, new_tokens = (16, 8) if tiny else (128, 64)
+    tokens, new_tokens = (16, 64) if tiny else (128, 64)
     one = [(1, 1, tokens), (8, 1, tokens), (32, 1, tokens)]
     several = [(1, 1, 4 * tokens), (1, 8, 4 * tokens)]
     cases = {
