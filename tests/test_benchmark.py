@@ -39,5 +39,6 @@ def test_the_benchmark_runs_and_nothing_is_compiled_anew(tmp_path):
     assert {row["setting"] for row in result["train"] if row["model"] == "mmgpt"} == {"plain", "fast", "lean"}
     assert [row["loop"] for row in result["mixture"]] == ["two padded passes", "packed"]
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
-    speeds = {f"{model}, {setting}": value for (model, setting, images), value in rows.items() if images == 1}
-    note_results("benchmark", {"tokens a second, one row, on this CPU": speeds, "recompiles": result["recompiles"]})
+    # Not those of "compiled": here graphs are traced and run as they stand.
+    speeds = {model: value for (model, setting, images), value in rows.items() if images == 1 and setting == "eager"}
+    note_results("benchmark", {"tokens a second, eager, one row": speeds, "recompiles": result["recompiles"]})
