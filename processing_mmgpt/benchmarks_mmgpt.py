@@ -10,12 +10,14 @@ import os
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from .annotations_mmgpt import confined, read_file
+from .few_shot_mmgpt import CAPTION, QUESTION, SEPARATOR
 from .metrics_mmgpt import bleu, cider_d, vqa_accuracy
 
 
@@ -141,27 +143,23 @@ def read_karpathy(folder: Path, is_support: bool) -> list[Sample]:
     ]
 
 
-def read_vqa(questions: str, annotations: str) -> Callable[[Path, bool], list[Sample]]:
+def read_vqa(questions: str, annotations: str, folder: Path, is_support: bool) -> list[Sample]:
     """Questions in the official form of VQA; the names of the two files have `{}` for train2014 or val2014.
 
     Source: https://visualqa.org/download.html, https://okvqa.allenai.org/download.html
     """
-
-    def read(folder: Path, is_support: bool) -> list[Sample]:
-        split = "train2014" if is_support else "val2014"
-        records = _records(folder / questions.format(split), "vqa", folder / annotations.format(split))
-        return [
-            {
-                "id": r["question_id"],
-                "image": r["image"],
-                "text": r["question"],
-                "answers": r["answer"],
-                "answer": r["answer"][0],
-            }
-            for r in records
-        ]
-
-    return read
+    split = "train2014" if is_support else "val2014"
+    records = _records(folder / questions.format(split), "vqa", folder / annotations.format(split))
+    return [
+        {
+            "id": r["question_id"],
+            "image": r["image"],
+            "text": r["question"],
+            "answers": r["answer"],
+            "answer": r["answer"][0],
+        }
+        for r in records
+    ]
 
 
 def read_hateful_memes(folder: Path, is_support: bool) -> list[Sample]:
@@ -226,35 +224,31 @@ def read_samples(benchmark: Benchmark, folder: Path, is_support: bool, count: in
     return [{**sample, "image": confined(str(folder), sample["image"])} for sample in samples]
 
 
+VQA_V2 = Benchmark(
+    read=partial(read_vqa, "v2_OpenEnded_mscoco_{}_questions.json", "v2_mscoco_{}_annotations.json"),
+    prompt=QUESTION,
+    instruction="{}",
+    separator=SEPARATOR,
+    max_new_tokens=5,
+    clean=short_answer_of,
+    score=score_answers,
+)
+
 BENCHMARKS = {
     "coco": Benchmark(
         read=read_karpathy,
-        prompt="Output:",
+        prompt=CAPTION,
         instruction="Describe the picture.",
-        separator="\n",
+        separator=SEPARATOR,
         max_new_tokens=20,
         clean=caption_of,
         score=score_captions,
     ),
-    "vqav2": Benchmark(
-        read=read_vqa("v2_OpenEnded_mscoco_{}_questions.json", "v2_mscoco_{}_annotations.json"),
-        prompt="Question:{} Short answer:",
-        instruction="{}",
-        separator="\n",
-        max_new_tokens=5,
-        clean=short_answer_of,
-        score=score_answers,
-    ),
+    "vqav2": VQA_V2,
     # OpenFlamingo stems its predictions with NLTK's tagger here, since the answers of OK-VQA 1.1 are stemmed; this
     # does not, so that its figures come out lower.
-    "ok_vqa": Benchmark(
-        read=read_vqa("OpenEnded_mscoco_{}_questions.json", "mscoco_{}_annotations.json"),
-        prompt="Question:{} Short answer:",
-        instruction="{}",
-        separator="\n",
-        max_new_tokens=5,
-        clean=short_answer_of,
-        score=score_answers,
+    "ok_vqa": replace(
+        VQA_V2, read=partial(read_vqa, "OpenEnded_mscoco_{}_questions.json", "mscoco_{}_annotations.json")
     ),
     # Of the paper's six orders of the examples one is used, as the code does unless told otherwise.
     "hateful_memes": Benchmark(
@@ -268,7 +262,7 @@ BENCHMARKS = {
     ),
     "imagenet": Benchmark(
         read=read_image_folder,
-        prompt="Output:",
+        prompt=CAPTION,
         instruction="What does the picture show?",
         separator="",
         max_new_tokens=None,
