@@ -4,8 +4,8 @@
     python examples/benchmark.py --tiny --output-dir outputs/benchmark     # a CPU, in a minute, to see that it runs
 
 All weights are random and all figures come from one run on one machine, so that a ratio is a ratio. Writes
-`benchmark.json` and `benchmark.png`, and prints the tables. `--parts` picks some of: roofline, decode, recompiles,
-train, mixture.
+`benchmark.json` and `benchmark.png`, and prints what it measures. `--parts` picks some of: roofline, agreement,
+decode, recompiles, train, mixture.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from trl.trainer.utils import add_fused_lm_head
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration
 from modeling_mmgpt.adapters_mmgpt import lora_config
 from modeling_mmgpt.conditioning_mmgpt import decoder_layers
+from modeling_mmgpt.decoding_mmgpt import sample_ahead
 from processing_mmgpt.collator_mmgpt import fill_rows
 
 
@@ -247,23 +248,29 @@ def compile_encoder(model: nn.Module) -> None:
     model.model.resampler.compile(backend=backend)
 
 
-def compiled_options(chunk: int | None) -> dict:
-    """A static cache, and with `chunk` a prompt of so many tokens compiled as well."""
-    compile_config = CompileConfig(fullgraph=True)
+def compiled_options(setting: str, chunk: int | None = None) -> dict:
+    """A static cache, for which `generate()` compiles the step, and a prompt that comes in chunks of `chunk` tokens.
+
+    A model of ours then decodes by its own loop; told how to compile (`theirs`), by that of transformers.
+    """
+    options = {"cache_implementation": "static", "prefill_chunk_size": chunk}
     if DEVICE == "cpu":  # to see that it runs: the graph is traced, and no code is made of it
-        compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
-        compile_config._compile_all_devices = True
-    return {"cache_implementation": "static", "prefill_chunk_size": chunk, "compile_config": compile_config}
+        options["compile_config"] = CompileConfig(fullgraph=True, backend="eager", mode=None)
+        options["compile_config"]._compile_all_devices = True
+        return options | ({"custom_generate": sample_ahead} if setting == "compiled" else {})
+    return options | ({"compile_config": CompileConfig(fullgraph=True)} if setting == "theirs" else {})
 
 
 def measure_generation(
-    model: nn.Module, kind: str, shape: Shape, setting: str, cases: list[tuple[int, int, int]], new_tokens: int
+    model: nn.Module, kind: str, shape: Shape, setting: str, cases: list[tuple[int, int, int]]
 ) -> list[dict]:
-    """Time prefill and decode of `(rows, images, tokens)` cases; a prefill of many rows is not worth compiling."""
+    """Time prefill and decode of `(rows, images, tokens)` cases; only the first prompt is worth compiling for."""
+    new_tokens = 64 if setting == "eager" else 128
     measured = []
-    for rows, images, tokens in cases:
+    for number, (rows, images, tokens) in enumerate(cases):
         batch = inputs(kind, shape, rows, tokens, images)
-        options = compiled_options(tokens if rows == 1 else None) if setting == "compiled" else {}
+        chunk = tokens if number == 0 and setting != "eager" else None
+        options = {} if setting == "eager" else compiled_options(setting, chunk)
         with torch.no_grad():
             whole, peak = measure(partial(generate, model, batch, new_tokens, **options), 3, 2 if options else 1)
             prefill, _ = measure(partial(generate, model, batch, 1, **options), 5, 2)
@@ -285,32 +292,62 @@ def bytes_a_token(model: nn.Module) -> int:
 
 
 def measure_decode(shape: Shape, kinds: list[str], tiny: bool) -> dict:
-    """Generation of all models, eager and compiled; a case is rows, images, tokens."""
-    tokens, new_tokens = (16, 64) if tiny else (128, 64)
-    one = [(1, 1, tokens), (8, 1, tokens), (32, 1, tokens)]
-    several = [(1, 1, 4 * tokens), (1, 8, 4 * tokens)]
+    """Generation of all models, eager and compiled; of ours also by transformers' loop."""
+    tokens = 16 if tiny else 128
+    one, eight, many = (1, 1, tokens), (8, 1, tokens), (32, 1, tokens)  # rows, images, tokens
+    longer = [(1, 1, 4 * tokens), (1, 8, 4 * tokens)]
     cases = {
-        ("mmgpt", "eager"): [*one[:1], several[1], (1, 32, 8 * tokens)],
-        ("mmgpt", "compiled"): [*one[:1], *several, *one[1:]],
-        ("idefics", "eager"): [*one, several[1]],
-        ("mllama", "eager"): [*one, several[1]],
-        ("lm", "eager"): one[:1],
-        ("lm", "compiled"): one[:1],
+        ("mmgpt", "eager"): [one, longer[1], (1, 32, 8 * tokens)],
+        ("mmgpt", "compiled"): [one, *longer, eight, many],
+        ("mmgpt", "theirs"): [one],
+        ("idefics", "eager"): [one, eight, many, longer[1]],
+        ("mllama", "eager"): [one, eight, many, longer[1]],
+        ("lm", "eager"): [one],
+        ("lm", "theirs"): [one],
     }
     if tiny:
-        cases = {key: list(dict.fromkeys([one[0], of_kind[-1]])) for key, of_kind in cases.items()}
+        cases = {key: list(dict.fromkeys([one, of_kind[-1]])) for key, of_kind in cases.items()}
     rows, token_bytes = [], None
     for kind in kinds:
         model = build(kind, shape)
-        rows += measure_generation(model, kind, shape, "eager", cases[kind, "eager"], new_tokens)
-        if kind == "mmgpt":
-            compile_encoder(model)
-            token_bytes = bytes_a_token(model)
-        if (kind, "compiled") in cases:
-            rows += measure_generation(model, kind, shape, "compiled", cases[kind, "compiled"], new_tokens)
+        for setting in ("eager", "compiled", "theirs"):
+            if (kind, setting) == ("mmgpt", "compiled"):
+                compile_encoder(model)
+                token_bytes = bytes_a_token(model)
+            if (kind, setting) in cases:
+                rows += measure_generation(model, kind, shape, setting, cases[kind, setting])
         del model
         free()
     return {"rows": rows, "bytes_a_token": token_bytes}
+
+
+def compare_settings() -> dict[str, bool | float]:
+    """Whether compiling changes what is said, on the tiny shape: greedy tokens in float32, logits in bfloat16.
+
+    The error of the logits, against float32, is in parts of the largest: rounding is what bfloat16 itself costs.
+    """
+    model = build("mmgpt", TINY).float()
+    batch = inputs("mmgpt", TINY, 4, 24, 2)
+    batch["pixel_values"] = batch["pixel_values"].float()
+    exact = model(**batch).logits
+    words = partial(model.generate, **batch, do_sample=False, max_new_tokens=32, pad_token_id=0)
+    end = words()[0, -8].item()  # one row ends early
+    said = words(eos_token_id=end)
+    same = {
+        f"same tokens, {setting}": torch.equal(words(eos_token_id=end, **compiled_options(setting)), said)
+        for setting in ("compiled", "theirs")
+    }
+    free()
+    model, batch["pixel_values"] = model.to(torch.bfloat16), batch["pixel_values"].to(torch.bfloat16)
+    eager = model(**batch).logits
+    model.forward = torch.compile(model.forward, backend="inductor" if DEVICE == "cuda" else "eager")
+    compiled = model(**batch).logits
+    errors = {"eager": eager, "compiled": compiled}
+    largest = exact.abs().max()
+    return same | {
+        f"bf16 error of logits, {key}": ((logits.float() - exact).abs().max() / largest).item()
+        for key, logits in errors.items()
+    }
 
 
 def count_recompiles(shape: Shape, tiny: bool) -> dict[str, int]:
@@ -330,7 +367,7 @@ def count_recompiles(shape: Shape, tiny: bool) -> dict[str, int]:
         if images == 0:
             batch["input_ids"][batch["input_ids"] == shape.image_token] = 5
             del batch["pixel_values"]
-        generate(model, batch, 4, **compiled_options(None))
+        generate(model, batch, 4, **compiled_options("compiled"))
     after = compiled["unique_graphs"]
     del model
     free()
@@ -343,10 +380,14 @@ def count_recompiles(shape: Shape, tiny: bool) -> dict[str, int]:
 def trainee(kind: str, shape: Shape, setting: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model with LoRA on the LM and the blocks, and its optimiser.
 
-    `plain` is PEFT as it comes; `fast` compiles the decoder layers and makes only the logits that have a label (TRL's
-    own loss); `lean` recomputes activations on top of that.
+    `plain` is PEFT as it comes; `fast` compiles the decoder layers, makes only the logits that have a label (TRL's own
+    loss), and fills the vocabulary up to a multiple of 64, without which the head's products are slow; `lean`
+    recomputes activations on top of that.
     """
-    model = build(kind, shape).requires_grad_(False)
+    model = build(kind, shape)
+    if setting != "plain":
+        model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
+    model.requires_grad_(False)
     if kind == "mmgpt":
         config = lora_config(model)
     else:
@@ -452,15 +493,16 @@ def measure_mixture(shape: Shape, tiny: bool) -> list[dict]:
     rows = fill_rows(drawn, width)
     packed = [[rows_of(shape, rows[start : start + 2], width)] for start in range(0, len(rows) - 1, 2)]
     seen = sum(len(row) for row in rows[: 2 * len(packed)])
+    loops = [("two padded passes", "plain", "sdpa", alternating, count), ("packed", "fast", "sdpa", packed, seen)]
+    if DEVICE == "cuda":  # on a CPU it has no gradient
+        loops.append(("packed", "fast", "flex_attention", packed, seen))
     measured = []
-    for name, setting, steps, samples in (
-        ("two padded passes", "plain", alternating, count),
-        ("packed", "fast", packed, seen),
-    ):
+    for name, setting, attention, steps, samples in loops:
         model, optimizer = trainee("mmgpt", shape, setting)
-
+        model.get_base_model().model.text_model.set_attn_implementation(attention)
         elapsed, peak = measure(partial(epoch, model, optimizer, steps, setting), 2)
-        row = {"loop": name, "setting": setting, "samples_s": samples / elapsed, "peak_gb": peak}
+        row = {"loop": name, "setting": setting, "attention": attention}
+        row |= {"samples_s": samples / elapsed, "peak_gb": peak}
         measured.append(row)
         print(json.dumps(row), flush=True)
         del model, optimizer
@@ -502,7 +544,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmark"))
     parser.add_argument("--kinds", nargs="+", default=list(BUILD), choices=list(BUILD), help="the models")
-    parts = ["roofline", "decode", "recompiles", "train", "mixture"]
+    parts = ["roofline", "agreement", "decode", "recompiles", "train", "mixture"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -512,6 +554,7 @@ def main() -> None:
     result = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
     run = {
         "roofline": roofline,
+        "agreement": compare_settings,
         "decode": lambda: measure_decode(shape, args.kinds, args.tiny),
         "recompiles": lambda: count_recompiles(shape, args.tiny),
         "train": lambda: measure_training(shape, args.tiny, args.kinds),

@@ -12,6 +12,7 @@ from .cross_attention_mmgpt import (
     compute_image_slots,
     continue_image_index,
 )
+from .decoding_mmgpt import runs_ahead, sample_ahead
 
 
 logger = logging.get_logger(__name__)
@@ -92,6 +93,21 @@ class MMGPTGenerationMixin(GenerationMixin):
             cached = cache.image_count()
             if cached is None or bool((cached < image_slots.amax(dim=1)).any()):
                 self.model.cache_images(cache, image_latents, image_slots)
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
+    ):
+        mine = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if not synced_gpus and runs_ahead(self, generation_config, kwargs):
+            return sample_ahead(self, *mine, streamer, **kwargs)
+        return super()._sample(*mine, synced_gpus, streamer, **kwargs)
 
     def _assisted_decoding(self, input_ids: torch.Tensor, **kwargs):
         # transformers starts to speculate with all ids, also those in the cache: it has to be empty.
