@@ -5,10 +5,11 @@ python examples/chat.py outputs/quickstart/adapter
 /image FILE   a picture for the next question; several may be given
 /clear        begin a new conversation
 /save FILE    write the conversation as a record that examples/train_sft.py reads
-Ctrl-C        stop the reply and take its question back; Ctrl-D ends the chat
+Ctrl-C        stop the reply and take its question back, its pictures stay for the next; Ctrl-D ends the chat
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -21,6 +22,12 @@ import processing_mmgpt  # noqa: F401 - for the Auto classes
 from processing_mmgpt.pictures_mmgpt import open_picture
 
 
+with contextlib.suppress(ImportError):  # Windows has none
+    import readline  # noqa: F401 - lets `input` edit its line and remember the ones before
+
+COMMANDS = "/image FILE, /clear, /save FILE; Ctrl-C stops a reply, Ctrl-D ends the chat."
+
+
 def reply(model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict], max_new_tokens: int) -> str:
     """Write the reply to the screen, word by word, and return it."""
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
@@ -29,9 +36,17 @@ def reply(model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def picture_part(path: str) -> dict:
+def named(argument: str) -> Path:
+    """The file that a command names; a terminal puts quotes around the name of a file that is dropped on it."""
+    name = argument.strip().strip("'\"")
+    if not name:
+        raise ValueError(f"Which file? {COMMANDS}")
+    return Path(name).expanduser()
+
+
+def picture_part(path: Path) -> dict:
     """A content part with the picture, opened now: later turns see it as it is now, and a bad one is told at once."""
-    return {"type": "image", "image": open_picture(path), "path": str(Path(path).resolve())}
+    return {"type": "image", "image": open_picture(path), "path": str(path.resolve())}
 
 
 def bare(part: dict) -> dict:
@@ -62,21 +77,27 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"{args.model} cannot be loaded, or its base cannot: {error}")
     messages, pictures = [], []
+    print(COMMANDS)
     while True:
         try:
             line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
+            print()
             break
+        except KeyboardInterrupt:  # often one that came too late for the reply: nothing is lost by it
+            print("\nCtrl-D ends the chat.")
+            continue
         command, _, argument = line.partition(" ")
         try:
             if command == "/image":
-                pictures.append(picture_part(argument.strip()))
+                pictures.append(picture_part(named(argument)))
+                print(f"Pictures for the next question: {len(pictures)}.")
             elif command == "/clear":
                 messages, pictures = [], []
             elif command == "/save":
-                save(messages, Path(argument.strip()))
+                save(messages, named(argument))
             elif command.startswith("/"):
-                print(f"{command} is none of /image FILE, /clear, /save FILE.")
+                print(f"{command} is none of {COMMANDS}")
             elif line:
                 question = {"role": "user", "content": [*pictures, {"type": "text", "text": line}]}
                 answer = reply(model, processor, [*messages, question], args.max_new_tokens)

@@ -14,6 +14,7 @@ the pictures away when such a message is edited. Here each picture is a message 
 import argparse
 import asyncio
 import copy
+import mimetypes
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
+import httpx
 from transformers import AsyncTextIteratorStreamer, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
@@ -62,13 +64,20 @@ def said(role: str, text: str) -> dict:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
+def pictured(path: str) -> dict:
+    """A question's picture in gradio's form; without its type the page would offer it as a file to fetch."""
+    kind = {"mime_type": mimetypes.guess_type(path)[0], "meta": {"_type": "gradio.FileData"}}
+    file = {"path": path, "orig_name": Path(path).name, **kind}
+    return {"role": "user", "content": [{"type": "file", "file": file}]}
+
+
 def _part(part: dict) -> dict:
     if part["type"] == "file":
         return {"type": "image", "path": part["file"]["path"]}
     return {"type": "text", "text": part["text"]}
 
 
-def ask(history: list[dict], question: dict) -> tuple[list[dict], dict]:
+def ask(history: list[dict], question: dict) -> list[dict]:
     """Add a question, after a look at its pictures: a bad one would stand in the way of every later turn.
 
     Args:
@@ -76,7 +85,7 @@ def ask(history: list[dict], question: dict) -> tuple[list[dict], dict]:
         question: `text` and `files`, the paths of its pictures.
 
     Returns:
-        The conversation with the question, and an empty question for the box.
+        The conversation with the question.
     """
     for path in map(Path, question["files"]):
         try:
@@ -85,13 +94,7 @@ def ask(history: list[dict], question: dict) -> tuple[list[dict], dict]:
             raise gr.Error(f"{path.name}: {error}") from error
     if not question["text"].strip():
         raise gr.Error("A question needs a text beside its pictures.")
-    pictures = [{"role": "user", "content": [{"path": path}]} for path in question["files"]]
-    return [*history, *pictures, said("user", question["text"])], {"text": "", "files": []}
-
-
-def ask_example(chosen: gr.SelectData) -> list[dict]:
-    """Begin a conversation with one of the examples; its number alone is taken from the browser."""
-    return ask([], EXAMPLES[chosen.index])[0]
+    return [*history, *map(pictured, question["files"]), said("user", question["text"])]
 
 
 def edit(history: list[dict], edited: gr.EditData) -> list[dict]:
@@ -151,18 +154,58 @@ async def stream(
         stopped.set()
 
 
-def build_app(model: PreTrainedModel, processor: ProcessorMixin) -> gr.Blocks:
-    """Lay out the page and join its events; a conversation lives in its browser tab and comes with every request."""
+def join_events(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    chat: gr.Chatbot,
+    box: gr.MultimodalTextbox,
+    stop: gr.Button,
+    settings: list[gr.components.Component],
+) -> None:
+    """Answer each way of asking: a question in the box, an example, an edited question, another try."""
 
     async def reply(history: list[dict], adapter: str, max_new_tokens: int, temperature: float, top_p: float):
         messages = to_messages(history)
+        asked = history[: len(messages)]
+        yield asked
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **sampling}
         try:
             async for text in stream(model, processor, messages, adapter, **options):
-                yield [*history[: len(messages)], said("assistant", text)]
+                yield [*asked, said("assistant", text)]
         except (OSError, ValueError) as error:
             raise gr.Error(str(error)) from error
+
+    async def reply_to_question(history: list[dict], question: dict, *settings):
+        emptied = {"text": "", "files": []}
+        async for conversation in reply(ask(history, question), *settings):
+            yield conversation, emptied
+            emptied = gr.skip()  # once: the next question may be in the box already
+
+    async def reply_to_example(chosen: gr.SelectData, *settings):
+        async for conversation in reply(ask([], EXAMPLES[chosen.index]), *settings):  # only its number is the page's
+            yield conversation
+
+    async def reply_to_edited(history: list[dict], edited: gr.EditData, *settings):
+        async for conversation in reply(edit(history, edited), *settings):
+            yield conversation
+
+    # One event from the question to the end of its reply: chained ones cost the page a round trip more before the
+    # first word. No limit, so that a question shows at once while the reply to another person's is written.
+    event = {"concurrency_limit": None, "show_progress": "hidden"}
+    replies = [
+        box.submit(reply_to_question, [chat, box, *settings], [chat, box], **event),
+        chat.example_select(reply_to_example, settings, chat, **event),
+        chat.edit(reply_to_edited, [chat, *settings], chat, **event),
+        chat.retry(reply, [chat, *settings], chat, **event),
+    ]
+    stop.click(None, cancels=replies)
+    # Words that were under way when it was cleared fill it again: so it is cleared once more after them.
+    chat.clear(None, cancels=replies).then(lambda: [], None, chat, **event)
+
+
+def build_app(model: PreTrainedModel, processor: ProcessorMixin) -> gr.Blocks:
+    """Lay out the page; a conversation lives in its browser tab and comes with every request."""
 
     def prompt(history: list[dict]) -> str:
         messages = to_messages(history)
@@ -194,15 +237,7 @@ def build_app(model: PreTrainedModel, processor: ProcessorMixin) -> gr.Blocks:
         with gr.Accordion("The exact prompt", open=False):
             show = gr.Button("Show the prompt of the last question", size="sm")
             shown = gr.Textbox(show_label=False, lines=3, max_lines=12, interactive=False, elem_id="prompt")
-        questions = [
-            box.submit(ask, [chat, box], [chat, box], show_progress="hidden"),
-            chat.example_select(ask_example, None, chat, show_progress="hidden"),
-            chat.edit(edit, chat, chat, show_progress="hidden"),
-        ]
-        settings = [adapter, length, temperature, top_p]
-        replies = [question.success(reply, [chat, *settings], chat) for question in questions]
-        replies.append(chat.retry(reply, [chat, *settings], chat))
-        stop.click(None, cancels=replies)
+        join_events(model, processor, chat, box, stop, [adapter, length, temperature, top_p])
         show.click(prompt, chat, shown)
     return app
 
@@ -213,6 +248,27 @@ def load(model: str, adapter_paths: list[str]) -> tuple[PreTrainedModel, Process
     for path in adapter_paths:
         loaded.load_adapter(path, adapter_name=Path(path).name)
     return loaded, AutoProcessor.from_pretrained(model)
+
+
+def warm_up(url: str) -> None:
+    """Ask for two tokens about a picture, as a page does: the first reply of a process waits for much that is new.
+
+    Most of it is not the model's: gradio imports matplotlib, where there is one, before its first event. The requests
+    are those of https://www.gradio.app/guides/querying-gradio-apps-with-curl.
+
+    Args:
+        url: Where the app is served.
+
+    Raises:
+        RuntimeError: The app cannot answer.
+    """
+    with httpx.Client(base_url=f"{url}gradio_api", timeout=None, trust_env=False) as page:  # no proxy in between
+        sent = page.post("/upload", files={"files": Path(EXAMPLES[0]["files"][0]).read_bytes()})
+        history = [pictured(path) for path in sent.raise_for_status().json()] + [said("user", EXAMPLES[0]["text"])]
+        call = page.post("/call/reply", json={"data": [history, NO_ADAPTER, 2, 0, 1]})
+        reply = page.get(f"/call/reply/{call.raise_for_status().json()['event_id']}").raise_for_status().text
+    if "event: complete" not in reply:
+        raise RuntimeError(f"The model cannot answer a first question; what gradio says: {reply!r}")
 
 
 def main() -> None:
@@ -234,8 +290,11 @@ def main() -> None:
         theme = gr.themes.Base(font="system-ui", font_mono="monospace")
         app.launch(
             server_name="127.0.0.1", server_port=args.port, share=False, max_file_size="20mb", footer_links=[],
-            ssr_mode=False, theme=theme, css=NO_SHARING,
+            ssr_mode=False, theme=theme, css=NO_SHARING, prevent_thread_lock=True, quiet=True,
         )  # fmt: skip
+        warm_up(app.local_url)
+        print(f"Running on {app.local_url}; Ctrl-C ends it.", flush=True)
+        app.block_thread()
 
 
 if __name__ == "__main__":
