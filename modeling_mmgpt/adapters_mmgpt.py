@@ -1,19 +1,23 @@
-"""LoRA for MMGPT, whole or over 4 bits: the one place that names its modules. Not part of the remote code."""
+"""LoRA and quantisation for MMGPT: the one place that names their modules. Not part of the remote code."""
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import peft
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft.utils import TrainableTokensWrapper
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from .conditioning_mmgpt import decoder_layers
 from .modeling_mmgpt import MMGPTForConditionalGeneration
 
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
 
 HEADS = ("lm_head", "embed_out")  # what the LMs of transformers call their head
 GATED_BLOCK_TARGETS = ("attn.to_q", "attn.to_kv", "attn.to_out", "ff.1", "ff.3")
@@ -101,20 +105,36 @@ def show_head_bias(model: nn.Module) -> None:
         head.bias = head.token_adapter.get_base_layer().bias
 
 
-def quantization_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
-    """Make the config that loads a base in 4 bits, for QLoRA: https://arxiv.org/abs/2305.14314.
+def quantization_config(
+    quant_type: "str | AOBaseConfig" = "nf4", compute_dtype: torch.dtype = torch.bfloat16
+) -> BitsAndBytesConfig | TorchAoConfig:
+    """Make the config that loads a base in 4 or 8 bits, for `from_pretrained(..., quantization_config=...)`.
 
-    In 4 bits are the matrices of the LM's layers and of the gated blocks. The tower and the resampler, which no LoRA
-    makes up for, the gates, norms, embeddings and the head stay as they are.
+    Quantised are the matrices of the LM's layers and of the gated blocks. The tower and the resampler, which no LoRA
+    makes up for, the gates, norms, embeddings and the head stay as they are. What a backend cannot take it leaves
+    whole and says nothing: torchao the matrices of GPT-2's kind (`Conv1D`), and in 4 bits rows that `group_size` does
+    not divide.
 
     Args:
-        compute_dtype: The data type that 4-bit matrices are multiplied in.
+        quant_type: `"nf4"` (QLoRA, https://arxiv.org/abs/2305.14314) or `"int8"` (LLM.int8(),
+            https://arxiv.org/abs/2208.07339), both by bitsandbytes; or a config of torchao, such as
+            `Int8WeightOnlyConfig()`, which `generate()` can compile.
+        compute_dtype: The data type that matrices in NF4 are multiplied in.
+
+    Raises:
+        ValueError: If `quant_type` is another name.
     """
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        # transformers matches from the start of a name. Given a list, it no longer spares the head by itself.
-        llm_int8_skip_modules=["model.vision_tower", "model.resampler", *HEADS],
-    )
+    kept = ["model.vision_tower", "model.resampler", *(rf".*\.{head}" for head in HEADS)]  # patterns from the start
+    if not isinstance(quant_type, str):
+        return TorchAoConfig(quant_type, modules_to_not_convert=kept)
+    if quant_type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    if quant_type == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=kept,
+        )
+    raise ValueError(f"quant_type is {quant_type!r}; it can be 'nf4', 'int8' or a config of torchao.")

@@ -479,7 +479,8 @@ def test_accelerate_launches_two_processes_and_the_benchmark(tmp_path, world):
 def test_qlora_keeps_tower_resampler_and_head_whole_and_learns(tmp_path):
     """Real 4-bit matrices, by bitsandbytes; rows of fewer than 128 numbers are none of its business."""
     pytest.importorskip("bitsandbytes")
-    model = AutoModelForImageTextToText.from_pretrained(BASE, quantization_config=quantization_config(torch.float32))
+    four_bits = quantization_config("nf4", torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(BASE, quantization_config=four_bits)
     quantized = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert quantized == {
