@@ -1,20 +1,26 @@
-"""What a Trainer of transformers or TRL lacks: checkpoints that are whole or not there, and the reference's decay.
+"""What a Trainer of transformers or TRL lacks: whole checkpoints, the reference's decay, pictures that are kept.
 
 Not part of the remote code.
 """
 
+import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from .cross_attention_mmgpt import MMGPTGatedCrossAttentionBlock
+from .modeling_mmgpt import MMGPTModel
 
 
 UNFINISHED = "unfinished"  # the folder, in the output folder, of the checkpoint that is being written
@@ -96,3 +102,61 @@ def keep_rows(parameter: nn.Parameter, rows: list[int]) -> None:
     if isinstance(parameter.grad, DTensor):
         mask = distribute_tensor(mask, parameter.grad.device_mesh, parameter.grad.placements)
     parameter.grad.mul_(mask)
+
+
+def frozen_encoder(model: nn.Module, accelerator: Accelerator) -> tuple[Callable[..., torch.Tensor], str]:
+    """Make the function that turns pictures into latents in a training step, for latents that are kept.
+
+    Args:
+        model: The model that is trained, bare or with an adapter, before anything shards it.
+        accelerator: The Trainer's.
+
+    Returns:
+        [`MMGPTModel.encode_images`] in the arithmetic of a step, and a hash of all it depends on.
+
+    Raises:
+        ValueError: If latents change from step to step: tower or resampler are trained, have an adapter, or draw
+            random numbers; if they depend on the place in the row; or if DeepSpeed ZeRO-3 has taken the weights apart.
+    """
+    model = next(module for module in model.modules() if isinstance(module, MMGPTModel))
+    parts = {"vision_tower": model.vision_tower, "resampler": model.resampler}
+    for name, part in parts.items():
+        if any(parameter.requires_grad for parameter in part.parameters()):
+            raise ValueError(f"Latents cannot be kept: `{name}` is trained. Freeze it, or leave out `cache_pictures`.")
+        if any(isinstance(module, BaseTunerLayer) for module in part.modules()):
+            raise ValueError(f"Latents cannot be kept: there is an adapter on `{name}`. Merge it into the base.")
+        if any(parameter.numel() == 0 for parameter in part.parameters()):
+            raise ValueError(f"Latents cannot be kept: `{name}` is sharded already, as by ZeRO-3. Use DDP or FSDP2.")
+        part.train()  # as in a step
+        broadcast(list(part.to(accelerator.device).state_dict().values()))  # FSDP: only the first process has read it
+    if model.config.resampler["max_num_images"] is not None:
+        raise ValueError("Latents cannot be kept: `max_num_images` is set, and they depend on the place in the row.")
+
+    device, size = accelerator.device, model.config.vision_config.image_size
+
+    @torch.no_grad()
+    def encode(pixel_values: torch.Tensor, num_frames: torch.Tensor | None = None) -> torch.Tensor:
+        num_frames = None if num_frames is None else num_frames.to(device)
+        with accelerator.autocast():
+            latents = model.encode_images(pixel_values.to(device), num_frames)
+            if torch.is_autocast_enabled(device.type):  # then the matrices that take them would round them so as well
+                latents = latents.to(torch.get_autocast_dtype(device.type))
+        return latents
+
+    probe = encode(torch.zeros(1, 1, 3, size, size))
+    if not torch.equal(probe, encode(torch.zeros(1, 1, 3, size, size))):
+        raise ValueError("Latents cannot be kept: tower or resampler draw random numbers in training (dropout?).")
+    return encode, _fingerprint(model, parts, probe.dtype)
+
+
+def _fingerprint(model: MMGPTModel, parts: dict[str, nn.Module], dtype: torch.dtype) -> str:
+    """Hash all that latents depend on: sizes, weights, code, and the data type that they have."""
+    sizes = f"{model.config.vision_config.to_json_string()} {model.config.resampler} {dtype}"
+    digest = hashlib.sha256(sizes.encode())
+    for module in ("vision", "perceiver", "attention"):
+        digest.update(Path(__file__).with_name(f"{module}_mmgpt.py").read_bytes())
+    for part in parts.values():
+        for name, weight in part.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -38,7 +38,8 @@ class MMGPTCollator:
             [`~processing_mmgpt.skips_mmgpt.count_skips`] counts; `None` to raise.
         pad_to_multiple_of: Pad the batch to a multiple of so many tokens.
         placeholder_picture: Give a batch without any picture a zero one, which no token attends to. Training sharded
-            over processes (FSDP, ZeRO-3) needs it, since all of them have to touch the same parameters.
+            over processes (FSDP, ZeRO-3) needs it, since all of them have to touch the same parameters. Where records
+            bring latents, the latents that stand for it: `{"type": "latents", "latents": (N, D_vision)}`.
         template: Arguments of [`MMGPTProcessor.encode_chat`], such as another `chat_template` with its variables.
     """
 
@@ -47,7 +48,7 @@ class MMGPTCollator:
     packing: bool = False
     skip_log: str | None = None
     pad_to_multiple_of: int | None = None
-    placeholder_picture: bool = False
+    placeholder_picture: bool | dict[str, Any] = False
     template: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -58,8 +59,8 @@ class MMGPTCollator:
         """Collate.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels` `(B, T)`, padded on the right; with pictures, `pixel_values`;
-            with packing, `document_index` `(B, T)`, and `B` is the number of rows that were needed.
+            `input_ids`, `attention_mask` and `labels` `(B, T)`, padded on the right; with pictures, `pixel_values`
+            or `image_latents`; with packing, `document_index` `(B, T)`, and `B` is the number of rows that it takes.
 
         Raises:
             ValueError: With the row, if nothing of it is left to learn from or its pictures do not fit.
@@ -86,10 +87,15 @@ class MMGPTCollator:
                 for row in documents
             ]
             batch["document_index"] = torch.tensor(self._pad(numbers, batch))
-        if self.placeholder_picture and "pixel_values" not in batch:
-            size = self.processor.image_processor.size
-            batch["pixel_values"] = torch.zeros(len(documents), 1, 3, size, size)
+        if self.placeholder_picture and not any(document["images"] for document in rows):
+            batch.update(self._placeholder(len(documents)))
         return dict(batch)
+
+    def _placeholder(self, num_rows: int) -> dict[str, torch.Tensor]:
+        if isinstance(self.placeholder_picture, dict):
+            return self.processor.stack_pictures([[self.placeholder_picture]] * num_rows)
+        size = self.processor.image_processor.size
+        return {"pixel_values": torch.zeros(num_rows, 1, 3, size, size)}
 
     def _encode(self, number: int, record: dict[str, Any]) -> dict[str, list] | None:
         """Encode one record; `None` if it is skipped."""

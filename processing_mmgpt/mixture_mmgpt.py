@@ -414,12 +414,16 @@ class Reading:
         seed: What the readers' draws come from.
         parts: The rows of each source, for one to stand in for another; empty in a streamed mixture.
         log: Called with mixture, source, row and problem of each row that is skipped or gets a black picture.
+        open: Called with each picture, the black ones too, for what stands in the record, as
+            [`~processing_mmgpt.latents_mmgpt.keep_latents`] does; by default pictures stay as `on_bad_image` needs
+            them. What it raises is a picture that cannot be read.
     """
 
     mixture: Mixture
     seed: int
     parts: dict[str, Rows]
     log: Callable[[Mixture, Source, dict[str, Any], str], None] = _log_row
+    open: Callable[[Any], Any] | None = None
 
     def __post_init__(self):
         self.sources = {source.name: source for source in self.mixture.sources}
@@ -452,7 +456,7 @@ class Reading:
             return self._bad(source, row, str(error), self.mixture.on_bad_record)
         for number, image in enumerate(record["images"]):
             try:
-                record["images"][number] = self._picture(image)
+                record["images"][number] = (self.open or self.picture)(image)
             except (OSError, TypeError, ValueError) as error:
                 missing = isinstance(error, FileNotFoundError)
                 reason = f"The picture is missing: {image}" if missing else f"The picture cannot be read: {error}"
@@ -464,7 +468,8 @@ class Reading:
     def _rng(self, row: dict[str, Any], purpose: str = "") -> random.Random:
         return random.Random(f"{self.seed}/{row['source']}/{row['file']}/{row['row']}/{purpose}")
 
-    def _picture(self, image: Any) -> Any:
+    def picture(self, image: Any) -> Any:
+        """Open a picture where a bad one is not to raise; whether the file is there is seen in any case."""
         if isinstance(image, dict | list):
             return image  # a video, which no policy is for: whoever makes pixels of it opens it
         if self.mixture.on_bad_image != "raise":
@@ -473,8 +478,8 @@ class Reading:
             raise FileNotFoundError(image)
         return image  # whoever makes pixels of it opens it
 
-    def _bad(self, source: Source, row: dict[str, Any], problem: str, policy: str) -> Image.Image | None:
+    def _bad(self, source: Source, row: dict[str, Any], problem: str, policy: str) -> Any:
         if policy == "raise":
             raise ValueError(f"{_place(source, row)}: {problem}")
         self.log(self.mixture, source, row, problem)
-        return Image.new("RGB", BLANK) if policy == "blank" else None
+        return (self.open or self.picture)(Image.new("RGB", BLANK)) if policy == "blank" else None

@@ -308,15 +308,18 @@ class MMGPTProcessor(ProcessorMixin):
         """Stack the pictures of each row, zeros where a row has fewer.
 
         Args:
-            images: For each row its pictures and videos, in the forms of [`MMGPTImageProcessor.frames`].
+            images: For each row its pictures and videos, in the forms of [`MMGPTImageProcessor.frames`]; or for all
+                rows `{"type": "latents", "latents": (N, D_vision)}`, what the model made of a picture before.
 
         Returns:
             Nothing if no row has a picture; else `pixel_values` `(B, M, 3, size, size)`, or with a video
-            `(B, M, F, 3, size, size)` and `num_frames` `(B, M)`.
+            `(B, M, F, 3, size, size)` and `num_frames` `(B, M)`; of latents, `image_latents` `(B, M, N, D_vision)`.
         """
         num_images = max(map(len, images), default=0)
         if num_images == 0:
             return {}
+        if any(isinstance(picture, dict) and picture.get("type") == "latents" for row in images for picture in row):
+            return {"image_latents": stack_latents(images)}
         is_video = any(isinstance(picture, list | tuple | dict) for row in images for picture in row)
         frames: list[list[torch.Tensor]] = []  # each (F, 3, size, size)
         for row, pictures in enumerate(images):
@@ -390,6 +393,23 @@ def pad_rows(rows: list[list[int]], value: int, side: str, width: int) -> list[l
     if side == "left":
         return [[value] * (width - len(row)) + row for row in rows]
     return [row + [value] * (width - len(row)) for row in rows]
+
+
+def stack_latents(images: list[list[dict[str, Any]]]) -> torch.Tensor:
+    """Stack the latents of each row `(B, M, N, D_vision)`, zeros where a row has fewer; one row at least has some.
+
+    Raises:
+        ValueError: If there are pictures among them: a batch has latents or pixels.
+    """
+    if not all(isinstance(picture, dict) and "latents" in picture for row in images for picture in row):
+        raise ValueError("Some pictures of the batch are latents and some are not: give either for all.")
+    latents = [[picture["latents"] for picture in row] for row in images]  # each (N, D_vision)
+    first = next(one for row in latents for one in row)
+    stacked = first.new_zeros(len(images), max(map(len, images)), *first.shape)
+    for row, own in enumerate(latents):
+        for column, one in enumerate(own):
+            stacked[row, column] = one
+    return stacked
 
 
 def _picture_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:

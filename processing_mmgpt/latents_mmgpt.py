@@ -1,0 +1,196 @@
+"""Latents: what frozen parts make of each picture of a mixture, kept on the disk from epoch to epoch.
+
+Where vision tower and resampler are not trained, a picture's latents never change. So each picture is opened, encoded
+and resampled once, before training; from then on records bring its latents, mapped into memory from tables in the
+cache of `datasets`, which all processes and workers share. A table gets its name when it is whole, and its name says
+all that its latents depend on: what has changed is never found, and made anew.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import load, save
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from .fetching_mmgpt import PictureError, shorten
+from .image_processing_mmgpt import MMGPTImageProcessor
+from .mixture_mmgpt import BLANK, Reading, has_pictures
+
+
+PICTURES_PER_TABLE = 2_048  # what a killed run loses at most, and what is made anew where one picture has changed
+PICTURES_PER_BATCH = 32
+COLUMNS = datasets.Features({"latents": datasets.Value("binary"), "problem": datasets.Value("string")})
+
+Place = tuple[str, int, int] | None  # source, row, number of the picture in it; `None` is the black picture
+Encode = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def keep_latents(
+    data: datasets.Dataset,
+    image_processor: MMGPTImageProcessor,
+    encode: Encode,
+    fingerprint: str,
+    num_workers: int = 0,
+) -> datasets.Dataset:
+    """Have the records of a mixture bring latents in place of pictures; those that are not kept yet are made first.
+
+    Every process of a run calls this; they share the work. The rows, their order and their draws stay as they are,
+    and so do the policies: a picture that cannot be read is noted in the table, and skipped, replaced or raised for
+    when its row is read. With `on_bad_image: raise` it is raised for at once. Two things are under the policy here
+    that end a run without latents: videos, and pictures too long and thin to be resized.
+
+    Args:
+        data: From [`~processing_mmgpt.mixture_mmgpt.load_instruction_dataset`], not streamed, or rows of it.
+        image_processor: Turns pictures into pixels.
+        encode: `pixel_values` `(B, M, F, 3, size, size)` and `num_frames` `(B, M)` to `(B, M, N, D_vision)`, as
+            [`~modeling_mmgpt.training_mmgpt.frozen_encoder`] makes it.
+        fingerprint: What `encode` depends on, by the same.
+        num_workers: Worker processes that open pictures.
+
+    Returns:
+        The same rows; an image of a record is `{"type": "latents", "latents": (N, D_vision)}`.
+
+    Raises:
+        ValueError: If `data` is streamed or no mixture, or on a picture that cannot be read.
+    """
+    reading = data.format["format_kwargs"].get("transform") if isinstance(data, datasets.Dataset) else None
+    if not isinstance(reading, Reading):
+        raise ValueError("Latents are kept for a mixture on the disk: not for a stream, nor for another dataset.")
+    places = _find_pictures(reading)
+    keys, size = list(places), PICTURES_PER_TABLE
+    tables = [{key: places[key] for key in keys[start : start + size]} for start in range(0, len(keys), size)]
+    fingerprint = f"{fingerprint} {image_processor.to_json_string()} {_code()}"
+    make = partial(_open_table, reading, image_processor, encode, fingerprint, num_workers)
+    state = PartialState()
+    first = state.process_index * len(tables) // state.num_processes
+    for own in tables[first:] + tables[:first]:  # each process begins elsewhere, and waits where another is at work
+        make(own)
+    table = datasets.concatenate_datasets([make(own) for own in tables])
+    index = np.array(keys, dtype="S64")  # a dict of a million would be copied into every worker
+    order = np.argsort(index)
+    return data.with_transform(replace(reading, open=partial(_look_up, table, index[order], order)))
+
+
+def picture_key(image: Any) -> str:
+    """Tell a picture or a video from all others: a file by its path, size and time of last change, else by its bytes.
+
+    Returns:
+        64 digits.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if isinstance(image, dict):
+        image = f"data:video {picture_key(image['video'])}"
+    elif isinstance(image, list | tuple):
+        image = f"data:frames {' '.join(map(picture_key, image))}"
+    elif isinstance(image, Image.Image):
+        image = f"{image.mode} {image.size}".encode() + image.tobytes()
+    elif isinstance(image, str) and not image.startswith("data:"):
+        status = os.stat(image)
+        image = f"{os.path.abspath(image)} {status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(image.encode() if isinstance(image, str) else image).hexdigest()
+
+
+def _find_pictures(reading: Reading) -> dict[str, Place]:
+    """Find where each picture of all sources stands first, in their order; none is opened."""
+    keys = replace(reading, open=picture_key, log=_no_log)
+    places: dict[str, Place] = {picture_key(Image.new("RGB", BLANK)): None}
+    for name, rows in reading.parts.items():
+        if not has_pictures(reading.sources[name], rows):
+            continue
+        for number, row in enumerate(rows):
+            record = keys.read(row)
+            for image, key in enumerate(record["images"] if record else ()):
+                places.setdefault(key, (name, number, image))
+    return places
+
+
+def _open_table(
+    reading: Reading,
+    image_processor: MMGPTImageProcessor,
+    encode: Encode,
+    fingerprint: str,
+    num_workers: int,
+    places: dict[str, Place],
+) -> datasets.Dataset:
+    """Open the table of some pictures; the first process that asks for it makes it."""
+    digest = hashlib.sha256(" ".join([fingerprint, *places]).encode()).hexdigest()
+    rows = partial(_make_rows, reading, image_processor, encode, num_workers, list(places.values()))
+    try:
+        return datasets.Dataset.from_generator(rows, COLUMNS, fingerprint=digest, dataset_name="mmgpt_latents")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+
+
+def _make_rows(
+    reading: Reading, image_processor: MMGPTImageProcessor, encode: Encode, num_workers: int, places: list[Place]
+) -> Iterator[dict[str, Any]]:
+    loaded = partial(_load, reading, image_processor)
+    own = torch.Generator()  # the training goes on with the random numbers that it would have drawn
+    for pictures in DataLoader(places, PICTURES_PER_BATCH, collate_fn=loaded, num_workers=num_workers, generator=own):
+        frames = [one for one in pictures if isinstance(one, torch.Tensor)]  # each (F, 3, size, size)
+        latents = iter(_encode(encode, frames) if frames else ())
+        for one in pictures:
+            problem = one if isinstance(one, str) else None
+            yield {"latents": save({"latents": next(latents)}) if problem is None else None, "problem": problem}
+
+
+def _encode(encode: Encode, frames: list[torch.Tensor]) -> torch.Tensor:
+    """Encode pictures and videos, each `(F, 3, size, size)`, to `(K, N, D_vision)`."""
+    num_frames = torch.tensor([[len(one)] for one in frames])  # (K, 1)
+    pixel_values = pad_sequence(frames, batch_first=True)[:, None]  # (K, 1, F, 3, size, size)
+    return encode(pixel_values, num_frames if num_frames.max() > 1 else None)[:, 0].cpu()
+
+
+def _load(reading: Reading, image_processor: MMGPTImageProcessor, places: list[Place]) -> list[torch.Tensor | str]:
+    """Open pictures: the frames `(F, 3, size, size)` of each, or what is wrong with it."""
+    sources = replace(reading, open=lambda image: image, log=_no_log)
+    loaded: list[torch.Tensor | str] = []
+    for place in places:
+        try:
+            image = Image.new("RGB", BLANK)
+            if place is not None:
+                name, row, number = place
+                image = sources.read(reading.parts[name][row])["images"][number]
+            loaded.append(image_processor.frames(reading.picture(image)))
+        except (OSError, TypeError, ValueError) as error:
+            if reading.mixture.on_bad_image == "raise":
+                raise ValueError(f"A picture of {name!r} cannot be read: {error}") from error
+            loaded.append(str(error))
+    return loaded
+
+
+def _look_up(table: datasets.Dataset, index: np.ndarray, order: np.ndarray, image: Any) -> dict[str, Any]:
+    """Give the latents of a picture; raise as opening it did, where it cannot be read."""
+    key = picture_key(image).encode()
+    at = np.searchsorted(index, key)
+    if at == len(index) or index[at] != key:
+        raise RuntimeError(f"{shorten(str(image))} has changed while the run goes on: start it again.")
+    kept = table[int(order[at])]
+    if kept["problem"] is not None:
+        raise PictureError(kept["problem"])
+    return {"type": "latents", **load(kept["latents"])}
+
+
+def _no_log(*_) -> None:
+    """Log nothing: a row is logged when it is read to be trained on."""
+
+
+@functools.cache
+def _code() -> str:
+    """What makes pixels; latents of pixels that others made are not used."""
+    files = [Path(__file__).with_name(f"{name}_mmgpt.py") for name in ("image_processing", "pictures", "videos")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
