@@ -52,6 +52,9 @@ class ScriptArguments:
         default=False, metadata={"help": "encode each picture once, before training: faster epochs, takes disk"}
     )
     compile_layers: bool = field(default=False, metadata={"help": "compile the layers: faster on a GPU"})
+    fill_vocabulary: bool = field(
+        default=False, metadata={"help": "fill the vocabulary up to a multiple of 64: faster on a GPU if it is odd"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint, if there is one"})
 
 
@@ -81,6 +84,8 @@ def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
         base = PeftConfig.from_pretrained(path).base_model_name_or_path
     quantization = quantization_config() if script.load_in_4bit else None
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", quantization_config=quantization)
+    if script.fill_vocabulary:
+        model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
     if script.compile_layers:
         decoder, name = decoder_layers(model.model.text_model)
         for layer in getattr(decoder, name):

@@ -366,6 +366,23 @@ def test_a_tied_head_has_no_new_rows_of_its_own(make_model):
     assert new_token_rows(make_model(text={"tie_word_embeddings": True})) == {embedding: [259, 258]}
 
 
+def test_an_adapter_of_a_filled_vocabulary_is_one_over_the_base_as_it_was(tmp_path):
+    given = {"model_name_or_path": str(BASE), "data": ROOT / "examples/records/records.jsonl"}
+    model = train_sft.load_model(train_sft.ScriptArguments(**given, fill_vocabulary=True)).float()
+    text = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    adapted = peft.get_peft_model(model, lora_config(model))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+        filled = adapted(**text).logits
+    adapted.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    size = loaded.config.text_config.vocab_size
+    assert size % 64 and filled.shape[-1] % 64 == 0
+    torch.testing.assert_close(loaded(**text).logits, filled[..., :size], rtol=0, atol=1e-5)
+
+
 def test_an_adapter_goes_on_where_it_was_and_evaluation_is_shown(tmp_path, world):
     """The loss an adapter ended with is the one it starts with; of all weights, only its own change."""
     watched = {"eval_data": world / "records.jsonl", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
