@@ -9,6 +9,7 @@ Blocks of Python run in order, one namespace a page, in a copy of the repository
 run here.
 """
 
+import configparser
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import av
 import nbformat
@@ -34,6 +36,7 @@ FENCE = re.compile(
     r"^(?:<!-- (?P<mark>not run|long): (?P<why>[^\n]+) -->\n+)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
+BADGE = re.compile(r"img\.shields\.io/badge/(\w+)-(\S+)-blue")
 COMMANDS = ("python ", "accelerate ", "pytest", "pip ", ". ")
 STAND_INS = ("few_shot.md", "video.md")  # pages whose blocks go on from a model, a processor and pictures of one's own
 README = {
@@ -162,6 +165,18 @@ def headings(page: Path) -> set[str]:
     """The anchors of a page, as GitHub and MkDocs both make them."""
     lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-") for line in lines}
+
+
+def test_badges_say_what_setup_cfg_says():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    badges = {key: unquote(value) for key, value in BADGE.findall((ROOT / "README.md").read_text(encoding="utf-8"))}
+    (transformers,) = re.findall(r"^transformers>=([\d.]+)", setup["options"]["install_requires"], re.M)
+    assert badges == {
+        "python": setup["options"]["python_requires"].replace(">=", "≥"),
+        "transformers": f"≥{transformers}",
+        "licence": setup["metadata"]["license"].replace("-", "--"),
+    }
 
 
 def test_a_block_that_does_not_run_says_why():
