@@ -22,23 +22,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark import (
-    DEVICE,
-    DTYPE,
-    OPEN_FLAMINGO_9B,
-    TINY_BASE,
-    Shape,
-    build,
-    compiled_options,
-    free,
-    generate,
-    half_learnt,
-    inputs,
-    measure,
-    step,
-    time_generation,
-    trainee,
-)
+from benchmark import compiled_options, generate, half_learnt, step, time_generation, trainee
+from benchmark_models import DEVICE, DTYPE, OPEN_FLAMINGO_9B, TINY_BASE, Shape, build, free, inputs, measure
 from tiny_world import corpus
 from tiny_world.build_base import Collator, encode, forward, probe
 from torch import nn

@@ -68,7 +68,7 @@ def measure_training() -> None:
 
 def count_work() -> None:
     """Count the arithmetic of a LoRA step; on the meta device, nothing is computed."""
-    from benchmark import OPEN_FLAMINGO_9B, Shape, build_mmgpt
+    from benchmark_models import OPEN_FLAMINGO_9B, Shape, build_mmgpt
     from peft import get_peft_model
 
     from modeling_mmgpt.adapters_mmgpt import lora_config
