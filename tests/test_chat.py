@@ -366,6 +366,7 @@ def settle(page) -> None:
     )
 
 
+@pytest.mark.bars  # it once failed beside other tests, for a reason not found
 def test_a_reply_streams_and_stops(open_page):
     page = open_page()
     early = begin_long(page)
