@@ -9,7 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    Cache,
+    CompileConfig,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck, StopCheck
 
@@ -17,15 +24,14 @@ from transformers.generation.utils import DeferredStopCheck, StopCheck
 def runs_ahead(model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict) -> bool:
     """Whether `generate()` can take [`sample_ahead`]: a compiled step on a GPU, and tokens alone are asked for.
 
-    A `compile_config` of the user is for transformers' loop. A sliding window counts its tokens in Python, which a
-    graph cannot do.
+    A `compile_config` of the user is for transformers' loop.
     """
     cache = model_kwargs.get("past_key_values")
     return (
         model.device.type == "cuda"
         and model._valid_auto_compile_criteria(model_kwargs, generation_config)
         and generation_config.compile_config is None
-        and not any(cache.is_sliding)
+        and can_be_captured(cache)
         and not getattr(cache, "_is_user_defined", False)
         and not generation_config.return_dict_in_generate
         and not generation_config.is_assistant
@@ -61,7 +67,7 @@ def sample_ahead(
     if cache is None or generation_config.num_beams > 1:
         raise ValueError("sample_ahead takes a cache and one beam: leave `custom_generate` out.")
     forward = compiled_step(model, generation_config.compile_config) if cache.is_compileable else model.__call__
-    is_captured = input_ids.is_cuda and cache.is_compileable
+    is_captured = input_ids.is_cuda and can_be_captured(cache)
     stop = StopCheck(streamer)
     if input_ids.device.type != "cpu":
         stop = DeferredStopCheck(input_ids, stopping_criteria.max_length, None, False, streamer)
@@ -99,6 +105,11 @@ def choose(scores: torch.Tensor, do_sample: bool) -> torch.LongTensor:
 def compiled_step(model: PreTrainedModel, compile_config: CompileConfig | None) -> Callable:
     """The model's forward, compiled once a model; the graph is captured here, not by the compiler."""
     return model.get_compiled_call(compile_config or CompileConfig(fullgraph=True, mode="default"))
+
+
+def can_be_captured(cache: Cache) -> bool:
+    """Whether a graph can fill a cache: a static one, but no sliding window, which counts its tokens in Python."""
+    return cache.is_compileable and not any(cache.is_sliding)
 
 
 def capture(forward: Callable, inputs: dict) -> Callable:

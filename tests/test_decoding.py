@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, LlamaConfig, MistralConfig, StaticCache
 
-from modeling_mmgpt.decoding_mmgpt import sample_ahead
+from modeling_mmgpt import MMGPTCache
+from modeling_mmgpt.decoding_mmgpt import can_be_captured, sample_ahead
 
 
 # The graph is traced and not compiled, which takes seconds. CUDA graphs: `examples/benchmark.py --parts agreement`.
@@ -44,3 +45,11 @@ def test_what_it_cannot_do_is_refused(model, ids, pixels, options, named):
         options = {"past_key_values": DynamicCache(config=model.config.text_config)}
     with pytest.raises(ValueError, match=named):
         model.generate(**batch, max_new_tokens=4, custom_generate=sample_ahead, **options)
+
+
+def test_a_graph_fills_static_caches_without_a_sliding_window():
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+    whole, window = LlamaConfig(**sizes), MistralConfig(**sizes, num_key_value_heads=2, sliding_window=4)
+    assert can_be_captured(MMGPTCache(StaticCache(whole, max_cache_len=8)))
+    assert not can_be_captured(MMGPTCache(StaticCache(window, max_cache_len=8)))
+    assert not can_be_captured(MMGPTCache(DynamicCache(config=whole)))
