@@ -3,14 +3,15 @@
     python examples/in_context.py
 
 An episode gives made-up names to three colours or to three shapes, shows up to eight pictures with their names, and
-asks for the name of one more; nothing is trained. The names are words that the base saw as names before, each time for
-another class, or words that it knows from lines of text and never saw as a name. Prints a table; `in_context.json` and
-`in_context.png` go to `outputs/in_context`.
+asks for the name of one more; nothing is trained. "Trained" names are words of one token that the base saw as names
+before, each time of another class. "New" names are spelled, and were in none of its documents. Prints a table;
+`in_context.json` and `in_context.png` go to `outputs/in_context`.
 
-Two scores: "said", the most likely token of the whole vocabulary, and "chosen", the most likely of the episode's three
-names. The control, "shuffled": the names stay, and each example's picture is drawn anew from the three classes,
-whatever its name. Which name the query has is then independent of all that the prompt holds, so that any name shown is
-right in one case of three. (A permutation of the pictures is no such control: with one example it changes nothing.)
+Two scores: "said", all tokens of the name are the most likely of the whole vocabulary, which is what greedy decoding
+writes, and "chosen", the most likely of the episode's three names. The control, "shuffled": the names stay, and each
+example's picture is drawn anew from the three classes, whatever its name. Which name the query has is then independent
+of all that the prompt holds: any name shown is right in one case of three. (A permutation of the pictures is no such
+control: with one example it changes nothing.)
 """
 
 import argparse
@@ -26,7 +27,7 @@ from few_shot import BASE, labelled_pictures, prompts
 from matplotlib.figure import Figure
 from tiny_world import evaluation
 from tiny_world.corpus import PSEUDO_WORDS
-from tiny_world.language import CATEGORY
+from tiny_world.language import SPELLED_WORDS
 from tiny_world.scenes import COLOURS, SHAPES
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
@@ -38,7 +39,7 @@ matplotlib.use("Agg")
 WAYS = 3  # classes of an episode
 BATCH = 50  # prompts
 RULES = {"colours": tuple(COLOURS), "shapes": tuple(SHAPES)}
-NAMES = {"trained": PSEUDO_WORDS, "new": tuple(CATEGORY)}
+NAMES = {"trained": PSEUDO_WORDS, "spelled": SPELLED_WORDS["train"], "new": SPELLED_WORDS["test"]}
 PICTURES, SCORES = ("own", "shuffled"), ("said", "chosen")
 
 
@@ -67,22 +68,37 @@ def draw_episode(rng: random.Random, classes: tuple[str, ...], words: tuple[str,
 def count_right(
     model: PreTrainedModel, processor: ProcessorMixin, episodes: list[Episode], pictures: str, shots: int
 ) -> dict[str, int]:
-    """How many episodes are right by each of `SCORES`, with the first `shots` examples of their support."""
+    """How many episodes are right by each of `SCORES`, with the first `shots` examples of their support.
 
-    def token(name: str) -> int:
-        (number,) = processor.tokenizer(f" {name}", add_special_tokens=False)["input_ids"]  # a name is one token
-        return number
-
+    Each prompt is a row for each of its episode's `W` names, which are `L` tokens or fewer.
+    """
     right = dict.fromkeys(SCORES, 0)
     for start in range(0, len(episodes), BATCH):
         some = episodes[start : start + BATCH]
         batch = prompts(processor, [few_shot(e.support[pictures][:shots], e.query) for e in some])
-        logits = model(**batch, logits_to_keep=1).logits[:, -1]  # (B, vocabulary)
-        for episode, row in zip(some, logits, strict=True):
-            tokens = [token(name) for name in episode.names]
-            answer = token(episode.answer)
-            right["said"] += row.argmax().item() == answer
-            right["chosen"] += tokens[row[tokens].argmax()] == answer
+        names = processor.tokenizer(
+            [f" {name}" for episode in some for name in episode.names],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )  # (B * W, L)
+        latents = model.model.encode_images(batch["pixel_values"])  # (B, M, N, D)
+        prompt = {key: batch[key].repeat_interleave(WAYS, dim=0) for key in ("input_ids", "attention_mask")}
+        logits = model(
+            **{key: torch.cat([ids, names[key]], dim=1) for key, ids in prompt.items()},
+            image_latents=latents.repeat_interleave(WAYS, dim=0),
+            logits_to_keep=names["input_ids"].shape[1] + 1,
+        ).logits[:, :-1]  # (B * W, L, vocabulary)
+        is_name = names["attention_mask"].bool()
+        is_likeliest = (logits.argmax(dim=-1) == names["input_ids"]) | ~is_name
+        said = is_likeliest.all(dim=1).view(-1, WAYS)  # (B, W)
+        each = logits.log_softmax(dim=-1).gather(-1, names["input_ids"][..., None]).squeeze(-1)  # (B * W, L)
+        chosen = each.where(is_name, 0.0).sum(dim=1).view(-1, WAYS).argmax(dim=1)  # (B,)
+        for row, episode in enumerate(some):
+            answer = episode.names.index(episode.answer)
+            right["said"] += said[row, answer].item()
+            right["chosen"] += chosen[row].item() == answer
     return right
 
 

@@ -233,7 +233,8 @@ def test_the_corpus_is_right_and_leaves_out_what_is_held_out():
                 assert not language.is_held_out(*match[1].split())
             elif match := re.fullmatch(r"copy (.*): (.*)|(.*) again: (.*)", line):
                 given, value = [group for group in match.groups() if group]
-                assert value == given and not language.is_held_out(*given.split())
+                spelled = set(given.split()) <= set(language.SPELLED_WORDS["train"])
+                assert value == given and (spelled or not language.is_held_out(*given.split()))
             else:
                 noun, category = re.fullmatch(r"(?:kind |an? )?(\w+)(?:: | is an? )(\w+)", line).groups()
                 assert language.CATEGORY[noun] == category
@@ -313,13 +314,17 @@ def test_dense_captions_name_every_object_in_any_order(drawn):
 
 
 def test_in_context_sequences_follow_one_rule(drawn):
-    mappings = set()
+    mappings, known = set(), [set(corpus.PSEUDO_WORDS), set(language.SPELLED_WORDS["train"])]
+    spelled = 0
     for seed in range(SAMPLES):
         drawn.clear()
         document = corpus.in_context(random.Random(seed))
-        names = [text.strip() for text, learn in document.pieces if learn]
+        names = [text.strip() for text, _ in document.pieces[2::4]]
         assert len(names) == len(drawn) == len(document.images) == 9
-        assert 1 <= len(set(names)) <= 4 and set(names) <= set(corpus.PSEUDO_WORDS)
+        assert 1 <= len(set(names)) <= 4 and any(set(names) <= words for words in known)
+        learned = [(place, text.strip()) for place, (text, learn) in enumerate(document.pieces) if learn]
+        assert learned == [(4 * k + 2, name) for k, name in enumerate(names) if name in names[:k]]
+        spelled += set(names) <= known[1]
         objects = [scene.objects for scene in drawn]
         assert all(len(o) == 1 for o in objects)
         rules = [
@@ -329,7 +334,17 @@ def test_in_context_sequences_follow_one_rule(drawn):
         assert any(len(rule) == len(set(names)) == len({member for member, _ in rule}) for rule in rules)
         mappings.update(min(rules, key=len))
     assert len({member for member, _ in mappings}) == len(COLOURS) + len(SHAPES)
-    assert len({name for _, name in mappings}) > 90
+    assert len({name for _, name in mappings} & known[0]) > 90
+    assert spelled / SAMPLES == pytest.approx(corpus.SPELLED, abs=0.1)
+
+
+def test_no_document_holds_a_new_name():
+    new, known = (set(language.SPELLED_WORDS[split]) for split in ("test", "train"))
+    assert len(new) > 200
+    seen = set()
+    for index in range(1000):
+        seen.update(re.findall("[a-z]+", corpus.document(0, index, ("perceive", "look_up")[index % 2]).text))
+    assert len(seen & known) > 200 and not seen & new
 
 
 @pytest.mark.parametrize("phase", sorted(corpus.DOCUMENTS))
@@ -405,7 +420,8 @@ def test_every_word_of_the_world_is_one_token_wherever_it_stands(tok, drawn):
         for phase in corpus.DOCUMENTS:
             written.update(text for text, _ in corpus.document(0, index, phase).pieces)
     written -= {corpus.IMAGE, corpus.END_OF_CHUNK}
-    words = set(re.findall("[A-Za-z]*[a-z][A-Za-z]*(?:-[a-z]+)?", " ".join(written))) - {"a"}
+    words = set(re.findall("[A-Za-z]*[a-z][A-Za-z]*(?:-[a-z]+)?", " ".join(written)))
+    words -= {"a", *language.SPELLED_WORDS["train"]}
     template = re.findall("[A-Za-z]{2,}", tokenizer._template())
     assert words | set(template) == set(tokenizer._words())
     for word in words:

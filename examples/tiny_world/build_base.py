@@ -31,13 +31,15 @@ from processing_mmgpt.collator_mmgpt import IGNORED
 from processing_mmgpt.processing_mmgpt import add_control_tokens, pad_rows
 
 from . import corpus
-from .language import CATEGORY
+from .language import CATEGORY, SPELLED_WORDS
 from .scenes import COLOURS, SHAPES, SIDE
 from .tokenizer import build_tokenizer
 
 
 GATE = 0.5  # a shut gate is right over a pretrained LM; from nothing, it makes perception three times slower
 PROBE_SEED = 10**6
+FORMS = dict.fromkeys((*CATEGORY, *SPELLED_WORDS["train"]), "WORD")
+FORMS |= dict.fromkeys(COLOURS, "COLOUR") | dict.fromkeys(SHAPES, "SHAPE")
 
 
 @dataclass
@@ -225,24 +227,26 @@ def probe(model, processor, count: int = 600) -> dict[str, float]:
 
 
 def _values(document: corpus.Document, hits: list[bool], processor: MMGPTProcessor) -> Iterator[tuple[str, bool]]:
-    """Yield each value of a document: the form of its key, and whether its tokens were guessed, bar a line break."""
+    """Yield each value of a document: the form of its key, and whether its tokens were guessed, bar a line break.
+
+    A name is a value also where it is not learned, so that the shares are of all names.
+    """
     start, shots, key = 0, 0, ""
     for text, is_learned in document.pieces:
         length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not is_learned:
-            key = text.strip()
-        elif key:
+        if key and (is_learned or key == corpus.LABELLED):
             name = f"{key}, {shots} shots" if key == corpus.LABELLED else _form(key)
             shots += key == corpus.LABELLED
             yield name, all(hits[start : start + length - text.endswith("\n")])
-            key = ""  # what follows without a key is a statement, which cannot be guessed
+            key = ""
+        elif not is_learned:  # what is learned without a key is a statement, which cannot be guessed
+            key = text.strip()
         start += length
 
 
 def _form(key: str) -> str:
     """The key without what varies from one document to the next."""
-    for name, words in {"WORD": CATEGORY, "COLOUR": COLOURS, "SHAPE": SHAPES}.items():
-        key = re.sub("|".join(words), name, key)
+    key = re.sub("[a-z]+", lambda match: FORMS.get(match[0], match[0]), key)
     key = re.sub(r"( \.)+", " ...", key)
     return re.sub(r"\d+( \d+)*", "N", re.sub(r"(WORD|COLOUR)( WORD| COLOUR)+", "WORDS", key))
 

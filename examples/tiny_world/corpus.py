@@ -12,7 +12,7 @@ from PIL import Image
 
 from .dialogue import article
 from .digits import sample_digit
-from .language import CATEGORY, draw_difference, draw_digits, draw_summands, draw_words, joined
+from .language import CATEGORY, SPELLED_WORDS, draw_difference, draw_digits, draw_summands, draw_words, joined
 from .look_ups import OBJECT_KINDS, TEXT_KINDS, look_up
 from .scenes import COLOURS, SEEN_PAIRS, SHAPES, Scene, describe, render, sample_scene, sample_text_scene
 
@@ -21,8 +21,8 @@ IMAGE, END_OF_CHUNK = "<image>", "<|endofchunk|>"
 
 # Shares of the kinds of documents, and of what their pictures show, in each phase of training.
 DOCUMENTS = {
-    "perceive": {"dense_caption": 60, "look_ups": 8, "in_context": 8, "text_lines": 24},
-    "look_up": {"dense_caption": 12, "look_ups": 46, "in_context": 10, "text_lines": 32},
+    "perceive": {"dense_caption": 60, "look_ups": 8, "in_context": 12, "text_lines": 20},
+    "look_up": {"dense_caption": 12, "look_ups": 46, "in_context": 14, "text_lines": 28},
 }
 PICTURES = {
     "perceive": {"objects": 57, "text": 35, "digit": 8},
@@ -58,10 +58,12 @@ TEXT_KEYS = {
     "fact": ("{}:", "kind {}:"),
 }
 STATEMENT = "{} {} is {} {}\n"
-# What in-context sequences call their classes.
+# What in-context sequences call their classes: these words, of one token each, or words that are spelled. A base that
+# knew such tokens alone as names said no other word as one.
 PSEUDO_WORDS = tuple(
     start + end for start in "da fe gi ko lu mo ni pu ra ze".split() for end in "x v k b sk lk mp nt rg zz".split()
 )
+SPELLED = 1 / 3  # how many sequences have spelled names, and how many words to copy are such
 
 Piece = tuple[str, bool]
 
@@ -141,7 +143,9 @@ def look_ups(rng: random.Random, shows: str = "objects") -> Document:
 
 
 def in_context(rng: random.Random, *, count: int = 9, classes: int | None = None, rule: str | None = None) -> Document:
-    """Pictures of one object, each followed by the made-up name of its class; only the names are learned.
+    """Pictures of one object, each followed by the made-up name of its class; names are drawn anew for every sequence.
+
+    Only names are learned, and each only where an example has shown it: the first of a class can only be guessed.
 
     Args:
         rng: Source of all randomness.
@@ -151,13 +155,16 @@ def in_context(rng: random.Random, *, count: int = 9, classes: int | None = None
     """
     axis = ("colour", "shape").index(rule or rng.choice(("colour", "shape")))
     members = rng.sample(list((COLOURS, SHAPES)[axis]), classes or rng.randint(2, 4))
-    names = dict(zip(members, rng.sample(PSEUDO_WORDS, len(members)), strict=True))
-    pieces, images = [], []
+    words = SPELLED_WORDS["train"] if rng.random() < SPELLED else PSEUDO_WORDS
+    names = dict(zip(members, rng.sample(words, len(members)), strict=True))
+    pieces, images, shown = [], [], set()
     for _ in range(count):
         member = rng.choice(members)
         pair = rng.choice([pair for pair in SEEN_PAIRS if pair[axis] == member])
         images.append(render(sample_scene(rng, count=1, pairs=[pair])))
-        pieces += [(IMAGE, False), (LABELLED, False), (f" {names[member]}", True), (END_OF_CHUNK, False)]
+        name = (f" {names[member]}", member in shown)
+        pieces += [(IMAGE, False), (LABELLED, False), name, (END_OF_CHUNK, False)]
+        shown.add(member)
     return Document(pieces, images)
 
 
@@ -174,7 +181,8 @@ def _text_line(rng: random.Random) -> list[Piece]:
             numbers = draw_digits(rng, "train")
             words, value = (joined(numbers),), joined(sorted(numbers))
         case "copy":
-            value = joined(draw_words(rng, "train"))
+            spelled = rng.sample(SPELLED_WORDS["train"], rng.randint(1, 3))
+            value = joined(spelled if rng.random() < SPELLED else draw_words(rng, "train"))
             words = (value,)
         case "fact":
             noun, value = rng.choice(list(CATEGORY.items()))

@@ -43,6 +43,12 @@ def is_held_out(*items: str | int) -> bool:
     return zlib.crc32(" ".join(map(str, items)).encode()) % 10 == 0
 
 
+# Made-up words that no token stands for: the tokenizer spells them.
+_SYLLABLES = [consonant + vowel for consonant in "bdfglmnprsv" for vowel in "aeiou"]
+_SPELLED = [first + second for first in _SYLLABLES for second in _SYLLABLES]
+SPELLED_WORDS = {split: [w for w in _SPELLED if is_held_out(w) == (split == "test")] for split in ("train", "test")}
+
+
 def _draw(rng: random.Random, split: str, sample: Callable[[], Sequence], key: Callable = tuple) -> Sequence:
     """Sample until the drawn sequence, by its `key`, belongs to the split."""
     while True:
