@@ -223,7 +223,8 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor | None,
         image_latents: torch.Tensor | None,
-        index: torch.Tensor | None,
+        attends: torch.Tensor | None,
+        has_images: torch.Tensor | None,
         mask: torch.Tensor | None,
         cache: Cache | None = None,
         cross_attentions: list | None = None,
@@ -235,7 +236,9 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
             hidden_states: `(B, T, D)`; `None` to add the keys and values of images to the cache, and no more: by the
                 same call, so that the weights are there where they are sharded or offloaded.
             image_latents: `(B, M, N, D_vision)`, or `None` where the cache holds all images.
-            index: `(B, T)` from [`compute_image_index`]. At -1 the block is the identity, to the bit.
+            attends: Bool `(B, T, 1)`, whether the token attends to an image: the index of [`compute_image_index`] > 0.
+            has_images: Bool `(B, T, 1)`, whether its row has any: the index >= 0. Without, the block is the identity,
+                to the bit.
             mask: Bool `(B, 1, T, M*N)` from [`cross_attention_mask`], or `None`.
             cache: The cross-attention cache, if there is one.
             cross_attentions: A list the weights `(B, H, T, M*N)` are appended to, if they are wanted.
@@ -251,8 +254,8 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
             first_states.append(hidden_states)
         attended, weights = self.attn(hidden_states, image_latents, mask, cache)
         if cross_attentions is not None:
-            cross_attentions.append(weights.where((index > 0)[:, None, :, None], 0))
-        attended = attended.where((index > 0)[..., None], 0)  # (B, T, D)
+            cross_attentions.append(weights.where(attends[:, None], 0))
+        attended = attended.where(attends, 0)  # (B, T, D)
         conditioned = hidden_states + self.attn_gate.tanh().to(attended.dtype) * attended
         conditioned = conditioned + self.ff_gate.tanh().to(attended.dtype) * self.ff(conditioned)
-        return conditioned.where((index >= 0)[..., None], hidden_states)
+        return conditioned.where(has_images, hidden_states)

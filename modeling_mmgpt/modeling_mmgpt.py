@@ -224,7 +224,8 @@ class MMGPTModel(MMGPTPreTrainedModel):
         )
         return {
             "image_latents": image_latents,
-            "index": image_index,
+            "attends": (image_index > 0)[..., None],
+            "has_images": (image_index >= 0)[..., None],
             "mask": mask,
             "cache": None if cache is None else cache.cross_attention_cache,
             "cross_attentions": [] if output_attentions else None,
@@ -242,7 +243,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         decoder, name = decoder_layers(self.text_model)
         for layer in getattr(decoder, name):
             if layer.gated_cross_attn_layer is not None:
-                layer.gated_cross_attn_layer(None, image_latents, None, None, cache.cross_attention_cache)
+                layer.gated_cross_attn_layer(None, image_latents, None, None, None, cache.cross_attention_cache)
         cache.add_images(image_slots)
 
     def locate_images(
