@@ -81,9 +81,9 @@ def look(model: PreTrainedModel, inputs: dict) -> torch.Tensor:
 
 
 def above_even(heat: torch.Tensor) -> torch.Tensor:
-    """What of `(..., P)` is above an even look at all patches, scaled to sum to one; zeros stay zeros."""
-    above = (heat - heat.mean(dim=-1, keepdim=True)).clamp(min=0)
-    return above / above.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(above.dtype).tiny)
+    """What of `(M, P)` is above an even look at all patches of all pictures, scaled to sum to one."""
+    above = (heat - heat.mean()).clamp(min=0)
+    return above / above.sum().clamp(min=torch.finfo(above.dtype).tiny)
 
 
 def answer(model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict]) -> str:
@@ -161,11 +161,10 @@ def draw(columns: list[dict], pictures: list[Image.Image], opened: torch.Tensor,
         pairs = [(place, picture) for place in column["places"] for picture in range(len(pictures))]
         for cell, (place, picture) in enumerate(pairs):
             axes = figure.add_subplot(grid[1 + cell // COLUMNS, left + cell % COLUMNS])
-            heat = column["heat"][place]  # (M, P)
-            share = heat[picture].sum() / heat.sum().clamp(min=1e-9)
-            draw_map(axes, pictures[picture], above_even(heat[picture]) * share)
+            heat = above_even(column["heat"][place])[picture]  # (P,)
+            draw_map(axes, pictures[picture], heat)
             word = column["tokens"][place + 1].strip()
-            axes.set_title(f"“{word}”: {share:.0%} on picture {picture + 1}", fontsize=8)
+            axes.set_title(f"“{word}”: {heat.sum():.0%} on picture {picture + 1}", fontsize=8)
     below = figure.add_subfigure(grid[-1, :]).subplots(1, 1 + len(pictures), width_ratios=[4, *[1] * len(pictures)])
     draw_gates(below[0], opened)
     for number, picture in enumerate(pictures, start=1):
