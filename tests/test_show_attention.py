@@ -1,5 +1,6 @@
 """What the model looks at: the parts on a tiny model, the program as its docstring says, and how well it points."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -106,8 +107,12 @@ SCENES = 200
 
 
 def tuned(mode: str) -> tuple:
-    """The quickstart's model in a mode; its adapter is kept in `outputs/attention`, for it takes minutes."""
-    folder = ROOT / "outputs" / "attention" / mode
+    """The quickstart's model in a mode; its adapter is kept in `outputs/attention`, for it takes minutes.
+
+    The folder bears the hash of the base's weights: an adapter of another base is none of this one.
+    """
+    weights = hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()
+    folder = ROOT / "outputs" / "attention" / f"{mode}-{weights[:8]}"
     if not (folder / "adapter").exists():
         base = shutil.copytree(BASE, folder / "base", dirs_exist_ok=True)
         config = json.loads((base / "config.json").read_text())
