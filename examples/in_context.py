@@ -3,9 +3,9 @@
     python examples/in_context.py
 
 An episode gives made-up names to three colours or to three shapes, shows up to eight pictures with their names, and
-asks for the name of one more; nothing is trained. "Trained" names are words of one token that the base saw as names
-before, each time of another class. "New" names are spelled, and were in none of its documents. Prints a table;
-`in_context.json` and `in_context.png` go to `outputs/in_context`.
+asks for the name of one more; nothing is trained. "Trained" names, of one token, and "spelled" ones, of several, were
+names in the base's training, each time of another class; "new" names are spelled and were in none of its documents.
+Prints a table; `in_context.json` and `in_context.png` go to `outputs/in_context`.
 
 Two scores: "said", all tokens of the name are the most likely of the whole vocabulary, which is what greedy decoding
 writes, and "chosen", the most likely of the episode's three names. The control, "shuffled": the names stay, and each
