@@ -231,7 +231,7 @@ def build_app(model: PreTrainedModel, processor: ProcessorMixin) -> gr.Blocks:
         stop = gr.Button("Stop", size="sm")
         with gr.Accordion("Settings", open=False):
             adapter = gr.Dropdown(choices, value=choices[-1], label="Adapter", interactive=len(choices) > 1)
-            length = gr.Slider(1, 1024, value=128, step=1, label="Longest reply, in tokens")
+            length = gr.Slider(1, 512, value=128, step=1, label="Longest reply, in tokens")
             temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature; 0 takes the likeliest token")
             top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p")
         with gr.Accordion("The exact prompt", open=False):

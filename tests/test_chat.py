@@ -204,7 +204,7 @@ load = chat_app.load
 
 def load_unhurried(*args):
     model, processor = load(*args)
-    model.register_forward_hook(lambda *args: time.sleep(0.05))
+    model.register_forward_hook(lambda *args: time.sleep(0.1))
     model.generation_config.suppress_tokens.append(processor.tokenizer.eos_token_id)
     return model, processor
 
@@ -250,7 +250,7 @@ def app(browser, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unhurried_app(browser, tmp_path_factory):
-    """The address of the app with a model that writes 20 tokens a second and comes to no end."""
+    """The address of the app with a model that writes 10 tokens a second and comes to no end."""
     with serve(tmp_path_factory.mktemp("temporary"), program=("-c", UNHURRIED)) as address:
         yield address
 
@@ -374,7 +374,7 @@ def test_ask_about_pictures_in_several_turns_retry_edit_and_clear(open_page, app
 
 def begin_long(page) -> str:
     """Ask for a reply of 50 s, wait until it has grown, and give its first words."""
-    set_length(page, 1000)
+    set_length(page, 512)
     submit(page, "square :", RECORDS / "colour.png")
     early = page.get_by_test_id("bot").last.inner_text()
     page.wait_for_function(
@@ -399,7 +399,7 @@ def test_a_reply_streams_and_stops(open_page, unhurried_app):
     last_reply(page)
     settle(page)
     stopped = page.get_by_test_id("bot").first.inner_text()
-    assert len(early) < len(stopped) and len(stopped.split()) < 900
+    assert len(early) < len(stopped) and len(stopped.split()) < 200
     set_length(page, 8)
     submit(page, "circle :", RECORDS / "caption.png")
     last_reply(page)

@@ -118,8 +118,8 @@ def tuned(mode: str) -> tuple:
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**config, "media_attention": mode}))
         set_seed(0)
-        examples = quickstart.batches_of_like_length([mixture(0, index) for index in range(16_000)], 0)
-        quickstart.tune(examples, 0, folder, base)
+        examples = [mixture(0, index) for index in range(500 * quickstart.BATCH)]
+        quickstart.tune(quickstart.batches_of_like_length(examples, 0), 0, folder, base)
     model = AutoModelForImageTextToText.from_pretrained(
         folder / "adapter", dtype=torch.float32, attn_implementation="eager"
     )
