@@ -37,9 +37,13 @@ from transformers import CompileConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from modeling_mmgpt.adapters_mmgpt import lora_config
-from modeling_mmgpt.conditioning_mmgpt import decoder_layers
 from modeling_mmgpt.decoding_mmgpt import sample_ahead
+from modeling_mmgpt.fusing_mmgpt import fuse_projections
+from modeling_mmgpt.training_mmgpt import compile_parts
 from processing_mmgpt.collator_mmgpt import fill_rows
+
+
+BACKEND = "inductor" if DEVICE == "cuda" else "eager"  # of the compiler; on a CPU to compile takes minutes
 
 
 # Generation
@@ -53,15 +57,15 @@ def generate(model: nn.Module, batch: dict, new_tokens: int, **options) -> torch
 
 def compile_encoder(model: nn.Module) -> None:
     """Compile tower and resampler; `generate` compiles the rest by itself where the cache is static."""
-    backend = "inductor" if DEVICE == "cuda" else "eager"
-    model.model.vision_tower.compile(backend=backend)
-    model.model.resampler.compile(backend=backend)
+    model.model.vision_tower.compile(backend=BACKEND)
+    model.model.resampler.compile(backend=BACKEND)
 
 
 def compiled_options(setting: str, chunk: int | None = None) -> dict:
     """A static cache, for which `generate()` compiles the step, and a prompt that comes in chunks of `chunk` tokens.
 
-    A model of ours then decodes by its own loop; told how to compile (`theirs`), by that of transformers.
+    A model of ours then decodes by its own loop; told how to compile (`theirs`), by that of transformers. (`fused` is
+    compiled as `compiled` is, and another model.)
     """
     options = {"cache_implementation": "static", "prefill_chunk_size": chunk}
     if setting == "theirs":
@@ -123,7 +127,7 @@ def bytes_a_token(model: nn.Module) -> int:
 
 
 def measure_decode(shape: Shape, kinds: list[str], tiny: bool) -> dict:
-    """Generation of all models, eager and compiled; of ours also by transformers' loop."""
+    """Generation of all models, eager and compiled; of ours also by transformers' loop, and fused."""
     tokens = 16 if tiny else 128
     one, eight, many = (1, 1, tokens), (8, 1, tokens), (32, 1, tokens)  # rows, images, tokens
     longer = [(1, 1, 4 * tokens), (1, 8, 4 * tokens)]
@@ -131,6 +135,7 @@ def measure_decode(shape: Shape, kinds: list[str], tiny: bool) -> dict:
         ("mmgpt", "eager"): [one, longer[1], (1, 32, 8 * tokens)],
         ("mmgpt", "compiled"): [one, eight, many, *longer],
         ("mmgpt", "theirs"): [one],
+        ("mmgpt", "fused"): [one, eight, many],
         ("idefics", "eager"): [one, eight, many, longer[1]],
         ("mllama", "eager"): [one, eight, many, longer[1]],
         ("lm", "eager"): [one],
@@ -141,11 +146,14 @@ def measure_decode(shape: Shape, kinds: list[str], tiny: bool) -> dict:
     rows, token_bytes = [], None
     for kind in kinds:
         model = build(kind, shape)
-        for setting in ("eager", "compiled", "theirs"):
+        for setting in ("eager", "compiled", "theirs", "fused"):
             if (kind, setting) == ("mmgpt", "compiled"):
-                compile_encoder(model)
                 fill_vocabulary(model)
+                compile_encoder(model)
                 token_bytes = bytes_a_token(model)
+            if (kind, setting) == ("mmgpt", "fused"):
+                model = fuse_projections(model)
+                compile_encoder(model)
             if (kind, setting) in cases:
                 rows += measure_generation(model, kind, shape, setting, cases[kind, setting])
         del model
@@ -191,7 +199,7 @@ def compare_settings() -> dict[str, bool | float]:
     free()
     model, batch["pixel_values"] = model.to(torch.bfloat16), batch["pixel_values"].to(torch.bfloat16)
     eager = model(**batch).logits
-    model.forward = torch.compile(model.forward, backend="inductor" if DEVICE == "cuda" else "eager")
+    model.forward = torch.compile(model.forward, backend=BACKEND)
     compiled = model(**batch).logits
     errors = {"eager": eager, "compiled": compiled}
     largest = exact.abs().max()
@@ -248,10 +256,7 @@ def trainee(model: nn.Module, kind: str, setting: str) -> tuple[nn.Module, torch
         peft_model.gradient_checkpointing_enable({"use_reentrant": False})
         peft_model.enable_input_require_grads()
     if setting != "plain":
-        compile_encoder(model)
-        decoder, name = decoder_layers(model.model.text_model)
-        for layer in getattr(decoder, name):
-            layer.compile(backend="inductor" if DEVICE == "cuda" else "eager")
+        compile_parts(model, backend=BACKEND)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     return peft_model.train(), torch.optim.AdamW(trained, lr=1e-4, fused=DEVICE == "cuda")
 
@@ -333,6 +338,15 @@ def rows_of(shape: Shape, packed: list[list[dict]], width: int | None = None) ->
     return {key: value.to(DEVICE) for key, value in batch.items()}
 
 
+@torch.no_grad()
+def keep_pictures(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with latents in the place of its pictures, as they are kept between epochs."""
+    batch = dict(batch)
+    if "pixel_values" in batch:
+        batch["image_latents"] = model.get_base_model().model.encode_images(batch.pop("pixel_values"))
+    return batch
+
+
 def measure_mixture(shape: Shape, tiny: bool) -> list[dict]:
     """Samples a second on documents of natural lengths: two padded passes a step against packed rows."""
     batch, width, count = (4, 64, 32) if tiny else (16, 2048, 256)
@@ -345,21 +359,20 @@ def measure_mixture(shape: Shape, tiny: bool) -> list[dict]:
         for start in range(0, len(kinds[0]), half)
     ]
     rows = fill_rows(drawn, width)
-    loops = [("two padded passes", "plain", "sdpa", alternating, count)]
-    attention = "flex_attention" if DEVICE == "cuda" else "sdpa"  # on a CPU the former has no gradient
-    for number in (2, 4):  # rows a step
-        full = len(rows) // number * number
-        packed = [[rows_of(shape, rows[start : start + number], width)] for start in range(0, full, number)]
-        loops.append((f"{number} packed rows", "fast", attention, packed, sum(len(row) for row in rows[:full])))
+    packed = [[rows_of(shape, rows[start : start + 2], width)] for start in range(0, len(rows), 2)]
     measured = []
-    for name, setting, attention, steps, samples in loops:
+    for setting in ("plain", "fast"):
         model, optimizer = trainee(build("mmgpt", shape), "mmgpt", setting)
-        model.get_base_model().model.text_model.set_attn_implementation(attention)
-        elapsed, peak = measure(partial(epoch, model, optimizer, steps, setting), 2)
-        row = {"loop": name, "setting": setting, "attention": attention}
-        row |= {"samples_s": samples / elapsed, "peak_gb": peak}
-        measured.append(row)
-        print(json.dumps(row), flush=True)
+        loops = {"two padded passes": alternating}
+        if setting == "fast":
+            kept = [[keep_pictures(model, batch) for batch in batches] for batches in packed]
+            loops = {"packed rows": packed, "packed rows, pictures kept": kept}
+            if DEVICE == "cuda":  # on a CPU it has no gradient
+                model.get_base_model().model.text_model.set_attn_implementation("flex_attention")
+        for name, steps in loops.items():
+            elapsed, peak = measure(partial(epoch, model, optimizer, steps, setting), 3)
+            measured.append({"loop": name, "setting": setting, "samples_s": count / elapsed, "peak_gb": peak})
+            print(json.dumps(measured[-1]), flush=True)
         del model, optimizer
         free()
     return measured

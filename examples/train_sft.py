@@ -27,8 +27,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_mmgpt.adapters_mmgpt import lora_config, quantization_config, show_head_bias
-from modeling_mmgpt.conditioning_mmgpt import decoder_layers
-from modeling_mmgpt.training_mmgpt import TrainerMixin, frozen_encoder, last_checkpoint
+from modeling_mmgpt.training_mmgpt import TrainerMixin, compile_parts, frozen_encoder, last_checkpoint
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
 from processing_mmgpt.latents_mmgpt import keep_latents
 from processing_mmgpt.samples_mmgpt import SampleCallback
@@ -51,7 +50,7 @@ class ScriptArguments:
     cache_pictures: bool = field(
         default=False, metadata={"help": "encode each picture once, before training: faster epochs, takes disk"}
     )
-    compile_layers: bool = field(default=False, metadata={"help": "compile the layers: faster on a GPU"})
+    compile_layers: bool = field(default=False, metadata={"help": "compile layers and tower: faster on a GPU"})
     fill_vocabulary: bool = field(
         default=False, metadata={"help": "fill the vocabulary up to a multiple of 64: faster on a GPU if it is odd"}
     )
@@ -87,9 +86,7 @@ def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
     if script.fill_vocabulary:
         model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
     if script.compile_layers:
-        decoder, name = decoder_layers(model.model.text_model)
-        for layer in getattr(decoder, name):
-            layer.compile()
+        compile_parts(model)
     return PeftModel.from_pretrained(model, path, is_trainable=True) if is_adapter else model
 
 

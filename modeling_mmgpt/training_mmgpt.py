@@ -1,4 +1,4 @@
-"""What a Trainer of transformers or TRL lacks: whole checkpoints, the reference's decay, pictures that are kept.
+"""What a Trainer of transformers or TRL lacks: whole checkpoints, the reference's decay, speed, kept pictures.
 
 Not part of the remote code.
 """
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from .conditioning_mmgpt import decoder_layers
 from .cross_attention_mmgpt import MMGPTGatedCrossAttentionBlock
 from .modeling_mmgpt import MMGPTModel
 
@@ -102,6 +103,27 @@ def keep_rows(parameter: nn.Parameter, rows: list[int]) -> None:
     if isinstance(parameter.grad, DTensor):
         mask = distribute_tensor(mask, parameter.grad.device_mesh, parameter.grad.placements)
     parameter.grad.mul_(mask)
+
+
+def compile_parts(model: nn.Module, **options) -> None:
+    """Compile tower, resampler, every decoder layer of the LM and every gated block, each by itself, in place.
+
+    Block and layer apart, since only the block sees how many pictures a row has. Together, they would be compiled for
+    each of: a block or none, a gradient coming in or not, one number of pictures or any. torch keeps eight versions of
+    a function (`torch._dynamo.config.recompile_limit`) and then runs it uncompiled, with no more than a warning.
+
+    Args:
+        model: The model, bare or with an adapter.
+        **options: Those of `torch.compile`.
+    """
+    model = next(module for module in model.modules() if isinstance(module, MMGPTModel))
+    model.vision_tower.compile(**options)
+    model.resampler.compile(**options)
+    decoder, name = decoder_layers(model.text_model)
+    for layer in getattr(decoder, name):
+        layer.decoder_layer.compile(**options)
+        if layer.gated_cross_attn_layer is not None:
+            layer.gated_cross_attn_layer.compile(**options)
 
 
 def frozen_encoder(model: nn.Module, accelerator: Accelerator) -> tuple[Callable[..., torch.Tensor], str]:
