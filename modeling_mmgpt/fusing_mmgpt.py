@@ -43,19 +43,27 @@ def fuse_projections(model: MMGPTForConditionalGeneration) -> MMGPTForConditiona
     `phi3`: it is saved, published, quantised and tuned by the same code. An adapter of the one does not fit the other.
 
     Args:
-        model: A model with a LLaMA; it is left as it is, and all weights are copied.
+        model: A model with a LLaMA; it is left as it is.
 
     Returns:
-        A new model on the same device, whose logits differ by rounding.
+        A new model on the same device, whose logits differ by rounding. It shares the weights that are not joined with
+        `model`, and is in evaluation mode.
 
     Raises:
-        ValueError: If the LM is no LLaMA, has biases, is quantised, or carries an adapter.
+        ValueError: If the LM is no LLaMA, has biases or scaled positions (as LLaMA 3.1 has), is quantised, or carries
+            an adapter.
     """
     text_config = model.config.text_config
-    if text_config.model_type != "llama" or text_config.attention_bias or text_config.mlp_bias:
+    if text_config.model_type != "llama":
         raise ValueError(
-            f"Only a LLaMA without biases can be fused, and this is a {type(model.model.text_model).__name__} "
-            f"({text_config.model_type!r}); some families, as MPT and Phi-3, come fused."
+            f"Only a LLaMA can be fused, and the LM is a {type(model.model.text_model).__name__}. Some come fused, as "
+            "those of MPT and Phi-3."
+        )
+    rope_type = text_config.rope_parameters["rope_type"]
+    if text_config.attention_bias or text_config.mlp_bias or rope_type != "default":
+        raise ValueError(
+            "Phi-3 knows neither biases nor scaled positions, and this LLaMA has "
+            f"attention_bias={text_config.attention_bias}, mlp_bias={text_config.mlp_bias}, rope_type={rope_type!r}."
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("There is an adapter on the model, which would not fit: merge it first.")
@@ -63,7 +71,7 @@ def fuse_projections(model: MMGPTForConditionalGeneration) -> MMGPTForConditiona
         raise ValueError("The weights are quantised: fuse the model, save it, and load that quantised.")
 
     config = copy.deepcopy(model.config)
-    sizes = {name: getattr(text_config, name) for name in SAME_IN_BOTH}
+    sizes = {name: copy.deepcopy(getattr(text_config, name)) for name in SAME_IN_BOTH}
     config.text_config = Phi3Config(**sizes, original_max_position_embeddings=text_config.max_position_embeddings)
     weights = model.state_dict()
     for number in range(text_config.num_hidden_layers):

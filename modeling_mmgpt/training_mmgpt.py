@@ -108,14 +108,15 @@ def keep_rows(parameter: nn.Parameter, rows: list[int]) -> None:
 def compile_parts(model: nn.Module, **options) -> None:
     """Compile tower, resampler, every decoder layer of the LM and every gated block, each by itself, in place.
 
-    Block and layer apart, since only the block sees how many pictures a row has. Together, they would be compiled for
-    each of: a block or none, a gradient coming in or not, one number of pictures or any. torch keeps eight versions of
-    a function (`torch._dynamo.config.recompile_limit`) and then runs it uncompiled, with no more than a warning.
+    Block and layer apart, since only the block sees how many pictures a row has, and is compiled for one, for another,
+    and then for any. Both run through one function of transformers, `forward_with_checkpointing`, of which torch keeps
+    eight versions and then runs it uncompiled, with no more than a warning: so the limit is raised, process-wide.
 
     Args:
         model: The model, bare or with an adapter.
         **options: Those of `torch.compile`.
     """
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     model = next(module for module in model.modules() if isinstance(module, MMGPTModel))
     model.vision_tower.compile(**options)
     model.resampler.compile(**options)

@@ -74,6 +74,15 @@ def test_merged_equals_adapter_and_loads_without_peft(make_base, adapter, monkey
     assert report["dtype"] == "float32" and report["max_logit_difference"] <= tolerance * report["max_logit"]
 
 
+def test_merged_and_fused_equals_adapter(adapter, monkeypatch, tmp_path):
+    inputs = merge_adapter.probe(AutoProcessor.from_pretrained(adapter))
+    tuned = logits(AutoModelForImageTextToText.from_pretrained(adapter, dtype=torch.float32), inputs)
+    merge(monkeypatch, adapter, tmp_path / "fused", "--dtype", "float32", "--fuse")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "fused")
+    assert model.config.text_config.model_type == "phi3"
+    assert (logits(model, inputs) - tuned).abs().max() <= 1e-5 * tuned.abs().max()
+
+
 def test_in_bfloat16_every_weight_is_the_exact_sum_rounded_once(make_base, monkeypatch, tmp_path):
     base, (adapter,) = make_base(dtype=torch.bfloat16)
     merge(monkeypatch, adapter, tmp_path / "merged")

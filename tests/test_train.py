@@ -30,7 +30,7 @@ from trl import SFTConfig, TrlParser
 
 from modeling_mmgpt import MMGPTForConditionalGeneration
 from modeling_mmgpt.adapters_mmgpt import lora_config, new_token_rows, quantization_config
-from modeling_mmgpt.training_mmgpt import decayed_weights
+from modeling_mmgpt.training_mmgpt import compile_parts, decayed_weights
 from processing_mmgpt import MMGPTCollator
 
 
@@ -358,6 +358,39 @@ def test_decay_is_for_the_matrices_of_the_gated_blocks(make_model):
         assert ".gated_cross_attn_layer." in name and model.get_parameter(name).dim() == 2
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trained & set(decayed_weights(adapted)) == {name for name in trained if ".gated_cross_attn_layer." in name}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_parts_learn_the_same_from_any_number_of_pictures(make_model, ids, pixels, packed):
+    rng = random.Random(0)
+    losses, models = [], []
+    torch.compiler.reset()
+    for is_compiled in (False, True):
+        model = make_model("llama", cross_attn_every_n_layers=1)
+        model = peft.get_peft_model(model, lora_config(model, init_lora_weights=False)).train()
+        if is_compiled:
+            compile_parts(model, backend="eager")
+        models.append(model)
+    # Past its limit torch goes on uncompiled; here it fails. A block before every layer makes the most versions.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for number in [2, 0, 1, 3, *(rng.randint(0, 6) for _ in range(4))]:
+            row = "#" * number + "abcdefgh" + "ijklmnop"[: 8 if packed else rng.randint(1, 8)]
+            batch = ids(row.ljust(24, "q") if packed else row)
+            if packed:
+                batch["document_index"] = torch.tensor([[1] * 20 + [2] * 4])
+            pictures = {"pixel_values": pixels(1, number)} if number else {}
+            torch.manual_seed(0)
+            results = [model(**batch, **pictures, labels=batch["input_ids"]).loss for model in models]
+            for loss in results:
+                loss.backward()
+            losses.append([loss.item() for loss in results])
+    assert all(one == pytest.approx(other, rel=1e-5) for one, other in losses)
+    plain, compiled = (dict(model.named_parameters()) for model in models)
+    assert all(
+        torch.allclose(compiled[name].grad, weight.grad, rtol=1e-3, atol=1e-5)
+        for name, weight in plain.items()
+        if weight.requires_grad
+    )
 
 
 def test_a_tied_head_has_no_new_rows_of_its_own(make_model):
