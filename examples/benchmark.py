@@ -5,7 +5,7 @@
 
 All weights are random and all figures come from one run on one machine, so that a ratio is a ratio. Writes
 `benchmark.json` and `benchmark.png`, and prints what it measures. `--parts` picks some of: roofline, agreement,
-decode, eager, recompiles, train, mixture.
+decode, eager, compiled, recompiles, train, mixture.
 """
 
 import argparse
@@ -161,20 +161,24 @@ def measure_decode(shape: Shape, kinds: list[str], tiny: bool) -> dict:
     return {"rows": rows, "bytes_a_token": token_bytes}
 
 
-def compare_eager(shape: Shape, tiny: bool) -> dict[str, float]:
-    """Eager decoding of one row with a picture, ours and Mllama's by turns: medians in ms a step, and of the ratio.
+def compare_by_turns(shape: Shape, tiny: bool, setting: str, peer: str) -> dict[str, float]:
+    """Decoding of one row with a picture, ours in a setting and a peer eager, by turns.
 
-    Here the host decides, and what else it does: only figures taken by turns can be compared.
+    Where the host decides, and what else it does, only figures taken by turns can be compared.
+
+    Returns:
+        Medians in ms a step, and the median ratio of ours to the peer's.
     """
-    new_tokens, repeats = (16, 2) if tiny else (64, 9)
-    models = {kind: build(kind, shape) for kind in ("mmgpt", "mllama")}
-    batches = {kind: inputs(kind, shape, 1, 16 if tiny else 128, 1) for kind in models}
+    tokens, new_tokens, repeats = (24, 64, 5) if tiny else (128, 64, 9)
+    models = {kind: build(kind, shape) for kind in ("mmgpt", peer)}
+    batches = {kind: inputs(kind, shape, 1, tokens, 1) for kind in models}
+    options = {"mmgpt": {} if setting == "eager" else compiled_options(setting, tokens), peer: {}}
     times: dict[str, list[float]] = {kind: [] for kind in models}
     for _ in range(repeats):
         for kind, model in models.items():
-            _, decode, _ = time_generation(model, batches[kind], new_tokens, {}, repeats=1)  # warms up by itself
+            _, decode, _ = time_generation(model, batches[kind], new_tokens, options[kind], repeats=1)
             times[kind].append(1e3 * decode)
-    ratio = statistics.median(a / b for a, b in zip(times["mmgpt"], times["mllama"], strict=True))
+    ratio = statistics.median(a / b for a, b in zip(times["mmgpt"], times[peer], strict=True))
     del models, model
     free()
     return {kind: statistics.median(of_kind) for kind, of_kind in times.items()} | {"ratio": ratio}
@@ -388,20 +392,26 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    names = {"mmgpt": "ours", "lm": "bare LM", "idefics": "Idefics", "mllama": "Mllama"}
+    settings = {"theirs": "compiled, loop of transformers", "fused": "fused, compiled"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     series: dict[str, list[dict]] = {}
     for row in result["decode"]["rows"]:
-        series.setdefault(f"{row['model']}, {row['setting']}", []).append(row)
+        setting = settings.get(row["setting"], row["setting"])
+        series.setdefault(f"{names[row['model']]}, {setting}", []).append(row)
     for name, rows in series.items():
         one = sorted((r["rows"], r["tokens_s"]) for r in rows if r["images"] == 1 and r["tokens"] == rows[0]["tokens"])
         left.plot(*zip(*one, strict=True), marker="o", label=name)
-        pictures = sorted((r["images"], r["peak_gb"] or 0) for r in rows if r["rows"] == 1)
-        right.plot(*zip(*pictures, strict=True), marker="o", label=name)
-    left.set(
-        xscale="log", yscale="log", xlabel="rows in a batch", ylabel="tokens / s", title="decode, one picture a row"
-    )
-    right.set(xlabel="pictures", ylabel="peak GB", title="memory, one row", ylim=(0, None))
-    left.legend(fontsize=8)
+        pictures = {
+            r["images"]: r["peak_gb"] or 0 for r in rows if r["rows"] == 1
+        }  # of more tokens where more pictures
+        right.plot(list(pictures), list(pictures.values()), marker="o", label=name)
+    left.set(xscale="log", yscale="log", xlabel="rows, one picture each", ylabel="tokens / s", title="decode")
+    counts = sorted({row["rows"] for row in result["decode"]["rows"]})
+    left.set_xticks(counts, counts, minor=False)
+    left.set_xticks([], minor=True)
+    right.set(xlabel="pictures in one row", ylabel="peak GB", title="memory", ylim=(0, None))
+    right.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -412,7 +422,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmark"))
     parser.add_argument("--kinds", nargs="+", default=list(BUILD), choices=list(BUILD), help="the models")
-    parts = ["roofline", "agreement", "decode", "eager", "recompiles", "train", "mixture"]
+    parts = ["roofline", "agreement", "decode", "eager", "compiled", "recompiles", "train", "mixture"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -424,7 +434,8 @@ def main() -> None:
         "roofline": roofline,
         "agreement": compare_settings,
         "decode": lambda: measure_decode(shape, args.kinds, args.tiny),
-        "eager": lambda: compare_eager(shape, args.tiny),
+        "eager": lambda: compare_by_turns(shape, args.tiny, "eager", "mllama"),
+        "compiled": lambda: compare_by_turns(shape, args.tiny, "compiled", "idefics"),
         "recompiles": lambda: count_recompiles(shape, args.tiny),
         "train": lambda: measure_training(shape, args.tiny, args.kinds),
         "mixture": lambda: measure_mixture(shape, args.tiny),

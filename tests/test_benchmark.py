@@ -45,4 +45,8 @@ def test_the_benchmark_runs_and_nothing_is_compiled_anew(tmp_path):
     loops = ["two padded passes", "packed rows", "packed rows, pictures kept"]
     assert [row["loop"] for row in result["mixture"]] == loops
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
-    note_results("benchmark", {"tokens a second, one row": speeds, "recompiles": result["recompiles"]})
+    turns = {
+        f"{part}, by turns, ms a step": {kind: round(value, 3) for kind, value in result[part].items()}
+        for part in ("eager", "compiled")
+    }
+    note_results("benchmark", {"tokens a second, one row": speeds, "recompiles": result["recompiles"], **turns})
