@@ -106,14 +106,16 @@ def keep_rows(parameter: nn.Parameter, rows: list[int]) -> None:
 
 
 def compile_parts(model: nn.Module, **options) -> None:
-    """Compile tower, resampler, every decoder layer of the LM and every gated block, each by itself, in place.
+    """Compile tower, resampler, every decoder layer of the LM and every gated block, each by itself, for training.
 
     Block and layer apart, since only the block sees how many pictures a row has, and is compiled for one, for another,
     and then for any. Both run through one function of transformers, `forward_with_checkpointing`, of which torch keeps
     eight versions and then runs it uncompiled, with no more than a warning: so the limit is raised, process-wide.
 
+    With a cache every layer is one more version: generate under `torch.compiler.set_stance("force_eager")`.
+
     Args:
-        model: The model, bare or with an adapter.
+        model: The model, bare or with an adapter; its parts are compiled in place.
         **options: Those of `torch.compile`.
     """
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)

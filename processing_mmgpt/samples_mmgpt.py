@@ -81,7 +81,9 @@ def reply(
     ).to(model.device)
     training = model.training
     model.eval()
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    # What is compiled for training would be compiled anew for generation, once for each layer's place in the cache.
+    with torch.compiler.set_stance("force_eager"):
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     model.train(training)
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -32,6 +32,7 @@ from modeling_mmgpt import MMGPTForConditionalGeneration
 from modeling_mmgpt.adapters_mmgpt import lora_config, new_token_rows, quantization_config
 from modeling_mmgpt.training_mmgpt import compile_parts, decayed_weights
 from processing_mmgpt import MMGPTCollator
+from processing_mmgpt.samples_mmgpt import reply
 
 
 ROOT = Path(__file__).parents[1]
@@ -391,6 +392,15 @@ def test_compiled_parts_learn_the_same_from_any_number_of_pictures(make_model, i
         for name, weight in plain.items()
         if weight.requires_grad
     )
+
+
+def test_a_model_compiled_for_training_replies_uncompiled(make_model, processor):
+    model = make_model("llama")
+    compile_parts(model, backend="eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    record = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello?"}]}], "images": []}
+    assert len(reply(model, processor, [record], 4)) == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
 def test_a_tied_head_has_no_new_rows_of_its_own(make_model):
