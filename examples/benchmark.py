@@ -5,7 +5,7 @@
 
 All weights are random and all figures come from one run on one machine, so that a ratio is a ratio. Writes
 `benchmark.json` and `benchmark.png`, and prints what it measures. `--parts` picks some of: roofline, agreement,
-decode, eager, compiled, recompiles, train, mixture.
+decode, eager, compiled, recompiles, train, mixture, imports.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import json
 import math
 import random
 import statistics
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -382,6 +384,27 @@ def measure_mixture(shape: Shape, tiny: bool) -> list[dict]:
     return measured
 
 
+# Start
+
+IMPORTS = (
+    "import torch, transformers",  # which imports next to nothing before it is used
+    "from transformers import AutoConfig, AutoModel",  # what registering a model takes
+    "from transformers import AutoModel, PreTrainedModel",
+    "import modeling_mmgpt",
+)
+
+
+def time_imports(tiny: bool) -> dict[str, float]:
+    """Seconds that a new process takes for each of `IMPORTS`, by turns, medians."""
+    times: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
+    for _ in range(2 if tiny else 5):
+        for statement in IMPORTS:
+            command = [sys.executable, "-c", statement]
+            elapsed, _ = measure(partial(subprocess.run, command, check=True, capture_output=True), 1, warmup=0)
+            times[statement].append(elapsed)
+    return {statement: statistics.median(of_statement) for statement, of_statement in times.items()}
+
+
 # The report
 
 
@@ -422,7 +445,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmark"))
     parser.add_argument("--kinds", nargs="+", default=list(BUILD), choices=list(BUILD), help="the models")
-    parts = ["roofline", "agreement", "decode", "eager", "compiled", "recompiles", "train", "mixture"]
+    parts = ["roofline", "agreement", "decode", "eager", "compiled", "recompiles", "train", "mixture", "imports"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -439,6 +462,7 @@ def main() -> None:
         "recompiles": lambda: count_recompiles(shape, args.tiny),
         "train": lambda: measure_training(shape, args.tiny, args.kinds),
         "mixture": lambda: measure_mixture(shape, args.tiny),
+        "imports": lambda: time_imports(args.tiny),
     }
     for part in args.parts:
         result[part] = run[part]()
