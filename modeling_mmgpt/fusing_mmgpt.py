@@ -38,9 +38,10 @@ SAME_IN_BOTH = (
 def fuse_projections(model: MMGPTForConditionalGeneration) -> MMGPTForConditionalGeneration:
     """Give the same model with query, key and value in one matrix, and gate and up in another.
 
-    Reading one large matrix is faster than reading three. Phi-3 has LLaMA's decoder cut so
-    (https://arxiv.org/abs/2404.14219, section 2), so the result is a model like any other, with an LM of the family
-    `phi3`: it is saved, published, quantised and tuned by the same code. An adapter of the one does not fit the other.
+    Reading one large matrix is faster than reading three. Phi-3 is built of LLaMA's blocks
+    (https://arxiv.org/abs/2404.14219, section 2), and in transformers its matrices lie so. The result is a model like
+    any other, with an LM of the family `phi3`: it is saved, published, quantised and tuned by the same code. An adapter
+    of the one does not fit the other.
 
     Args:
         model: A model with a LLaMA; it is left as it is.
