@@ -40,8 +40,8 @@ def fuse_projections(model: MMGPTForConditionalGeneration) -> MMGPTForConditiona
 
     Reading one large matrix is faster than reading three. Phi-3 is built of LLaMA's blocks
     (https://arxiv.org/abs/2404.14219, section 2), and in transformers its matrices lie so. The result is a model like
-    any other, with an LM of the family `phi3`: it is saved, published, quantised and tuned by the same code. An adapter
-    of the one does not fit the other.
+    any other, with an LM of the family `phi3`: it is saved, published, quantised and tuned by the same code. Adapters
+    of the one do not fit the other.
 
     Args:
         model: A model with a LLaMA; it is left as it is.
