@@ -63,12 +63,14 @@ def compile_encoder(model: nn.Module) -> None:
     model.model.resampler.compile(backend=BACKEND)
 
 
-def compiled_options(setting: str, chunk: int | None = None) -> dict:
-    """A static cache, for which `generate()` compiles the step, and a prompt that comes in chunks of `chunk` tokens.
+def generation_options(setting: str, chunk: int | None = None) -> dict:
+    """Options of `generate()` for a setting; for `eager` none, and `fused`, which is another model, as for `compiled`.
 
-    A model of ours then decodes by its own loop; told how to compile (`theirs`), by that of transformers. (`fused` is
-    compiled as `compiled` is, and another model.)
+    Compiled are the step, where the cache is static, and a prompt that comes in chunks of `chunk` tokens. A model of
+    ours then decodes by its own loop; told how to compile (`theirs`), by that of transformers.
     """
+    if setting == "eager":
+        return {}
     options = {"cache_implementation": "static", "prefill_chunk_size": chunk}
     if setting == "theirs":
         options["compile_config"] = CompileConfig(fullgraph=True, mode="reduce-overhead" if DEVICE == "cuda" else None)
@@ -104,8 +106,8 @@ def measure_generation(
     for rows, images, tokens in cases:
         torch._dynamo.reset()
         batch = inputs(kind, shape, rows, tokens, images)
-        chunk = tokens if rows == 1 and setting != "eager" else None
-        options = {} if setting == "eager" else compiled_options(setting, chunk)
+        chunk = tokens if rows == 1 else None
+        options = generation_options(setting, chunk)
         prefill, decode, peak = time_generation(model, batch, new_tokens, options)
         row = {"model": kind, "setting": setting, "rows": rows, "images": images, "tokens": tokens}
         row |= {"prefill_ms": prefill * 1e3, "decode_ms": decode * 1e3, "tokens_s": rows / decode, "peak_gb": peak}
@@ -174,7 +176,7 @@ def compare_by_turns(shape: Shape, tiny: bool, setting: str, peer: str) -> dict[
     tokens, new_tokens, repeats = (24, 64, 5) if tiny else (128, 64, 9)
     models = {kind: build(kind, shape) for kind in ("mmgpt", peer)}
     batches = {kind: inputs(kind, shape, 1, tokens, 1) for kind in models}
-    options = {"mmgpt": {} if setting == "eager" else compiled_options(setting, tokens), peer: {}}
+    options = {"mmgpt": generation_options(setting, tokens), peer: generation_options("eager")}
     times: dict[str, list[float]] = {kind: [] for kind in models}
     for _ in range(repeats):
         for kind, model in models.items():
@@ -199,7 +201,7 @@ def compare_settings() -> dict[str, bool | float]:
     end = words()[0, -8].item()  # one row ends early
     said = words(eos_token_id=end)
     same = {
-        f"same tokens, {setting}": torch.equal(words(eos_token_id=end, **compiled_options(setting)), said)
+        f"same tokens, {setting}": torch.equal(words(eos_token_id=end, **generation_options(setting)), said)
         for setting in ("compiled", "theirs")
     }
     free()
@@ -232,7 +234,7 @@ def count_recompiles(shape: Shape, tiny: bool) -> dict[str, int]:
         if images == 0:
             batch["input_ids"][batch["input_ids"] == shape.image_token] = 5
             del batch["pixel_values"]
-        generate(model, batch, 4, **compiled_options("compiled"))
+        generate(model, batch, 4, **generation_options("compiled"))
     after = compiled["unique_graphs"]
     del model
     free()
@@ -245,8 +247,8 @@ def count_recompiles(shape: Shape, tiny: bool) -> dict[str, int]:
 def trainee(model: nn.Module, kind: str, setting: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Put LoRA on the LM and the blocks, and make its optimiser.
 
-    `plain` is PEFT as it comes; `fast` compiles the decoder layers, makes only the logits that have a label (TRL's own
-    loss), and fills the vocabulary up; `lean` recomputes activations on top of that.
+    `plain` is PEFT as it comes; `fast` compiles all parts, makes only the logits that have a label (TRL's own loss),
+    and fills the vocabulary up; `lean` recomputes activations on top of that.
     """
     if setting != "plain":
         fill_vocabulary(model)
@@ -425,9 +427,8 @@ def draw(result: dict, path: Path) -> None:
     for name, rows in series.items():
         one = sorted((r["rows"], r["tokens_s"]) for r in rows if r["images"] == 1 and r["tokens"] == rows[0]["tokens"])
         left.plot(*zip(*one, strict=True), marker="o", label=name)
-        pictures = {
-            r["images"]: r["peak_gb"] or 0 for r in rows if r["rows"] == 1
-        }  # of more tokens where more pictures
+        # The prompt is longer where it has more pictures.
+        pictures = {r["images"]: r["peak_gb"] or 0 for r in rows if r["rows"] == 1}
         right.plot(list(pictures), list(pictures.values()), marker="o", label=name)
     left.set(xscale="log", yscale="log", xlabel="rows, one picture each", ylabel="tokens / s", title="decode")
     counts = sorted({row["rows"] for row in result["decode"]["rows"]})

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark import compiled_options, generate, half_learnt, step, time_generation, trainee
+from benchmark import generate, generation_options, half_learnt, step, time_generation, trainee
 from benchmark_models import DEVICE, DTYPE, OPEN_FLAMINGO_9B, TINY_BASE, Shape, build, free, inputs, measure
 from tiny_world import corpus
 from tiny_world.build_base import Collator, encode, forward, probe
@@ -100,11 +100,11 @@ def quantize(model: nn.Module, method: str, group_size: int = GROUP) -> nn.Modul
     )
 
 
-def options_of(model: nn.Module, setting: str) -> dict:
+def options_of(setting: str) -> dict:
     """Options of `generate()`; the prompt is not compiled."""
     if setting == "eager":
         return {}
-    options = compiled_options("compiled") | {"custom_generate": sample_ahead}  # compiles over bitsandbytes as well
+    options = generation_options("compiled") | {"custom_generate": sample_ahead}  # compiles over bitsandbytes as well
     if setting == "tuned" and DEVICE == "cuda":
         tuned = {"coordinate_descent_tuning": True}
         options["compile_config"] = CompileConfig(fullgraph=True, mode=None, options=tuned)
@@ -182,7 +182,7 @@ def measure_method(method: str, shape: Shape, reference: torch.Tensor, tiny: boo
     batch, new_tokens = inputs("mmgpt", shape, 1, 16 if tiny else 128, 1), 8 if tiny else 64
     rows = []
     for setting in SETTINGS[method]:
-        prefill, decode, peak = time_generation(model, batch, new_tokens, options_of(model, setting))
+        prefill, decode, peak = time_generation(model, batch, new_tokens, options_of(setting))
         times = {"prefill_ms": prefill * 1e3, "decode_ms": decode * 1e3, "peak_gb": peak}
         rows.append({"method": method, "setting": setting, **times, **found})
         print(json.dumps(rows[-1]), flush=True)

@@ -119,7 +119,7 @@ def compile_parts(model: nn.Module, **options) -> None:
         **options: Those of `torch.compile`.
     """
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    model = next(module for module in model.modules() if isinstance(module, MMGPTModel))
+    model = _without_wrappers(model)
     model.vision_tower.compile(**options)
     model.resampler.compile(**options)
     decoder, name = decoder_layers(model.text_model)
@@ -143,7 +143,7 @@ def frozen_encoder(model: nn.Module, accelerator: Accelerator) -> tuple[Callable
         ValueError: If latents change from step to step: tower or resampler are trained, have an adapter, or draw
             random numbers; if they depend on the place in the row; or if DeepSpeed ZeRO-3 has taken the weights apart.
     """
-    model = next(module for module in model.modules() if isinstance(module, MMGPTModel))
+    model = _without_wrappers(model)
     parts = {"vision_tower": model.vision_tower, "resampler": model.resampler}
     for name, part in parts.items():
         if any(parameter.requires_grad for parameter in part.parameters()):
@@ -172,6 +172,11 @@ def frozen_encoder(model: nn.Module, accelerator: Accelerator) -> tuple[Callable
     if not torch.equal(probe, encode(torch.zeros(1, 1, 3, size, size))):
         raise ValueError("Latents cannot be kept: tower or resampler draw random numbers in training (dropout?).")
     return encode, _fingerprint(model, parts, probe.dtype)
+
+
+def _without_wrappers(model: nn.Module) -> MMGPTModel:
+    """Find our model in one that is bare, or has an adapter around it."""
+    return next(module for module in model.modules() if isinstance(module, MMGPTModel))
 
 
 def _fingerprint(model: MMGPTModel, parts: dict[str, nn.Module], dtype: torch.dtype) -> str:
