@@ -5,7 +5,7 @@
 
 All weights are random and all figures come from one run on one machine, so that a ratio is a ratio. Writes
 `benchmark.json` and `benchmark.png`, and prints what it measures. `--parts` picks some of: roofline, agreement,
-decode, eager, compiled, recompiles, train, mixture, imports.
+decode, eager, compiled, pictures, recompiles, train, mixture, imports.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def generation_options(setting: str, chunk: int | None = None) -> dict:
 
 
 def time_generation(
-    model: nn.Module, batch: dict, new_tokens: int, options: dict, repeats: int = 3
+    model: nn.Module, batch: dict, new_tokens: int, options: dict, repeats: int = 3, warmup: int = 2
 ) -> tuple[float, float, float | None]:
     """Time a prompt and the tokens after it.
 
@@ -89,8 +89,8 @@ def time_generation(
         Seconds of the prompt, seconds of a step, and the peak of the device's memory in GB.
     """
     with torch.no_grad():
-        whole, peak = measure(partial(generate, model, batch, new_tokens, **options), repeats, 2 if options else 1)
-        prefill, _ = measure(partial(generate, model, batch, 1, **options), repeats, 2)
+        whole, peak = measure(partial(generate, model, batch, new_tokens, **options), repeats, warmup)
+        prefill, _ = measure(partial(generate, model, batch, 1, **options), repeats, warmup)
     return prefill, (whole - prefill) / (new_tokens - 1), peak
 
 
@@ -101,14 +101,14 @@ def measure_generation(
 
     The prompt is compiled only where it is one row: elsewhere that is not worth it.
     """
-    new_tokens = 64 if setting == "eager" else 128
+    new_tokens, warmup = (64, 1) if setting == "eager" else (128, 2)
     measured = []
     for rows, images, tokens in cases:
         torch._dynamo.reset()
         batch = inputs(kind, shape, rows, tokens, images)
         chunk = tokens if rows == 1 else None
         options = generation_options(setting, chunk)
-        prefill, decode, peak = time_generation(model, batch, new_tokens, options)
+        prefill, decode, peak = time_generation(model, batch, new_tokens, options, warmup=warmup)
         row = {"model": kind, "setting": setting, "rows": rows, "images": images, "tokens": tokens}
         row |= {"prefill_ms": prefill * 1e3, "decode_ms": decode * 1e3, "tokens_s": rows / decode, "peak_gb": peak}
         measured.append(row)
@@ -165,27 +165,48 @@ def measure_decode(shape: Shape, kinds: list[str], tiny: bool) -> dict:
     return {"rows": rows, "bytes_a_token": token_bytes}
 
 
-def compare_by_turns(shape: Shape, tiny: bool, setting: str, peer: str) -> dict[str, float]:
-    """Decoding of one row with a picture, ours in a setting and a peer eager, by turns.
+def compare_by_turns(cases: dict[str, tuple[nn.Module, dict, dict]], tiny: bool) -> dict[str, float]:
+    """Time decoding of two cases, each a model, its batch and its options of `generate()`, by turns.
 
     Where the host decides, and what else it does, only figures taken by turns can be compared.
 
     Returns:
-        Medians in ms a step, and the median ratio of ours to the peer's.
+        Medians in ms a step, and the median ratio of the first to the second.
     """
-    tokens, new_tokens, repeats = (24, 64, 5) if tiny else (128, 64, 9)
-    models = {kind: build(kind, shape) for kind in ("mmgpt", peer)}
-    batches = {kind: inputs(kind, shape, 1, tokens, 1) for kind in models}
-    options = {"mmgpt": generation_options(setting, tokens), peer: generation_options("eager")}
-    times: dict[str, list[float]] = {kind: [] for kind in models}
-    for _ in range(repeats):
-        for kind, model in models.items():
-            _, decode, _ = time_generation(model, batches[kind], new_tokens, options[kind], repeats=1)
-            times[kind].append(1e3 * decode)
-    ratio = statistics.median(a / b for a, b in zip(times["mmgpt"], times[peer], strict=True))
-    del models, model
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(5 if tiny else 9):
+        for name, (model, batch, options) in cases.items():
+            _, decode, _ = time_generation(model, batch, 64, options, repeats=1, warmup=2 if turn == 0 else 0)
+            times[name].append(1e3 * decode)
+    ratio = statistics.median(first / second for first, second in zip(*times.values(), strict=True))
+    return {name: statistics.median(of_case) for name, of_case in times.items()} | {"ratio": ratio}
+
+
+def compare_with_peer(shape: Shape, tiny: bool, setting: str, peer: str) -> dict[str, float]:
+    """Decoding of one row with a picture: ours in a setting, and a peer eager."""
+    tokens = 24 if tiny else 128
+    cases = {
+        kind: (build(kind, shape), inputs(kind, shape, 1, tokens, 1), generation_options(of_kind, tokens))
+        for kind, of_kind in (("mmgpt", setting), (peer, "eager"))
+    }
+    compared = compare_by_turns(cases, tiny)
+    del cases
     free()
-    return {kind: statistics.median(of_kind) for kind, of_kind in times.items()} | {"ratio": ratio}
+    return compared
+
+
+def compare_pictures(shape: Shape, tiny: bool) -> dict[str, float]:
+    """Decoding of one compiled row with eight pictures, and with one."""
+    tokens = 64 if tiny else 512
+    model, options = build("mmgpt", shape), generation_options("compiled", tokens)
+    cases = {
+        name: (model, inputs("mmgpt", shape, 1, tokens, images), options)
+        for name, images in {"8 pictures": 8, "1 picture": 1}.items()
+    }
+    compared = compare_by_turns(cases, tiny)
+    del cases, model
+    free()
+    return compared
 
 
 def compare_settings() -> dict[str, bool | float]:
@@ -446,7 +467,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmark"))
     parser.add_argument("--kinds", nargs="+", default=list(BUILD), choices=list(BUILD), help="the models")
-    parts = ["roofline", "agreement", "decode", "eager", "compiled", "recompiles", "train", "mixture", "imports"]
+    parts = ["roofline", "agreement", "decode", "eager", "compiled", "pictures", "recompiles"]
+    parts += ["train", "mixture", "imports"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -458,8 +480,9 @@ def main() -> None:
         "roofline": roofline,
         "agreement": compare_settings,
         "decode": lambda: measure_decode(shape, args.kinds, args.tiny),
-        "eager": lambda: compare_by_turns(shape, args.tiny, "eager", "mllama"),
-        "compiled": lambda: compare_by_turns(shape, args.tiny, "compiled", "idefics"),
+        "eager": lambda: compare_with_peer(shape, args.tiny, "eager", "mllama"),
+        "compiled": lambda: compare_with_peer(shape, args.tiny, "compiled", "idefics"),
+        "pictures": lambda: compare_pictures(shape, args.tiny),
         "recompiles": lambda: count_recompiles(shape, args.tiny),
         "train": lambda: measure_training(shape, args.tiny, args.kinds),
         "mixture": lambda: measure_mixture(shape, args.tiny),

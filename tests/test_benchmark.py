@@ -47,7 +47,7 @@ def test_the_benchmark_runs_and_nothing_is_compiled_anew(tmp_path):
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     turns = {
         f"{part}, by turns, ms a step": {kind: round(value, 3) for kind, value in result[part].items()}
-        for part in ("eager", "compiled")
+        for part in ("eager", "compiled", "pictures")
     }
     seconds = {statement: round(value, 2) for statement, value in result["imports"].items()}
     figures = {"tokens a second, one row": speeds, "recompiles": result["recompiles"], "imports, seconds": seconds}
