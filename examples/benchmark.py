@@ -4,8 +4,7 @@
     python examples/benchmark.py --tiny --output-dir outputs/benchmark     # a CPU, in five minutes: does it run
 
 All weights are random and all figures come from one run on one machine, so that a ratio is a ratio. Writes
-`benchmark.json` and `benchmark.png`, and prints what it measures. `--parts` picks some of: roofline, agreement,
-decode, eager, compiled, pictures, recompiles, train, mixture, imports.
+`benchmark.json` and `benchmark.png`, and prints what it measures. `--parts` picks some, see `--help`.
 """
 
 import argparse
@@ -41,7 +40,7 @@ from trl.trainer.utils import add_fused_lm_head
 from modeling_mmgpt.adapters_mmgpt import lora_config
 from modeling_mmgpt.decoding_mmgpt import sample_ahead
 from modeling_mmgpt.fusing_mmgpt import fuse_projections
-from modeling_mmgpt.training_mmgpt import compile_parts
+from modeling_mmgpt.training_mmgpt import compile_parts, fill_vocabulary
 from processing_mmgpt.collator_mmgpt import fill_rows
 
 
@@ -116,11 +115,6 @@ def measure_generation(
     return measured
 
 
-def fill_vocabulary(model: nn.Module) -> None:
-    """Fill the vocabulary up to a multiple of 64, without which the head's products run on slow kernels."""
-    model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
-
-
 def bytes_a_token(model: nn.Module) -> int:
     """What decoding one token has to read: each weight of LM and blocks, but for embedding and image keys."""
     return sum(
@@ -189,10 +183,7 @@ def compare_with_peer(shape: Shape, tiny: bool, setting: str, peer: str) -> dict
         kind: (build(kind, shape), inputs(kind, shape, 1, tokens, 1), generation_options(of_kind, tokens))
         for kind, of_kind in (("mmgpt", setting), (peer, "eager"))
     }
-    compared = compare_by_turns(cases, tiny)
-    del cases
-    free()
-    return compared
+    return compare_by_turns(cases, tiny)
 
 
 def compare_pictures(shape: Shape, tiny: bool) -> dict[str, float]:
@@ -203,10 +194,7 @@ def compare_pictures(shape: Shape, tiny: bool) -> dict[str, float]:
         name: (model, inputs("mmgpt", shape, 1, tokens, images), options)
         for name, images in {"8 pictures": 8, "1 picture": 1}.items()
     }
-    compared = compare_by_turns(cases, tiny)
-    del cases, model
-    free()
-    return compared
+    return compare_by_turns(cases, tiny)
 
 
 def compare_settings() -> dict[str, bool | float]:
@@ -256,10 +244,7 @@ def count_recompiles(shape: Shape, tiny: bool) -> dict[str, int]:
             batch["input_ids"][batch["input_ids"] == shape.image_token] = 5
             del batch["pixel_values"]
         generate(model, batch, 4, **generation_options("compiled"))
-    after = compiled["unique_graphs"]
-    del model
-    free()
-    return {"requests": 50, "graphs_after_warmup": before, "recompiles": after - before}
+    return {"requests": 50, "graphs_after_warmup": before, "recompiles": compiled["unique_graphs"] - before}
 
 
 # Training
@@ -461,37 +446,39 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+# Each is given the shape, whether that is the tiny one, and the kinds of models.
+PARTS = {
+    "roofline": lambda shape, tiny, kinds: roofline(),
+    "agreement": lambda shape, tiny, kinds: compare_settings(),
+    "decode": lambda shape, tiny, kinds: measure_decode(shape, kinds, tiny),
+    "eager": lambda shape, tiny, kinds: compare_with_peer(shape, tiny, "eager", "mllama"),
+    "compiled": lambda shape, tiny, kinds: compare_with_peer(shape, tiny, "compiled", "idefics"),
+    "pictures": lambda shape, tiny, kinds: compare_pictures(shape, tiny),
+    "recompiles": lambda shape, tiny, kinds: count_recompiles(shape, tiny),
+    "train": lambda shape, tiny, kinds: measure_training(shape, tiny, kinds),
+    "mixture": lambda shape, tiny, kinds: measure_mixture(shape, tiny),
+    "imports": lambda shape, tiny, kinds: time_imports(tiny),
+}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmark"))
     parser.add_argument("--kinds", nargs="+", default=list(BUILD), choices=list(BUILD), help="the models")
-    parts = ["roofline", "agreement", "decode", "eager", "compiled", "pictures", "recompiles"]
-    parts += ["train", "mixture", "imports"]
-    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     shape = TINY_BASE if args.tiny else OPEN_FLAMINGO_9B
     args.output_dir.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     result = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
-    run = {
-        "roofline": roofline,
-        "agreement": compare_settings,
-        "decode": lambda: measure_decode(shape, args.kinds, args.tiny),
-        "eager": lambda: compare_with_peer(shape, args.tiny, "eager", "mllama"),
-        "compiled": lambda: compare_with_peer(shape, args.tiny, "compiled", "idefics"),
-        "pictures": lambda: compare_pictures(shape, args.tiny),
-        "recompiles": lambda: count_recompiles(shape, args.tiny),
-        "train": lambda: measure_training(shape, args.tiny, args.kinds),
-        "mixture": lambda: measure_mixture(shape, args.tiny),
-        "imports": lambda: time_imports(args.tiny),
-    }
     for part in args.parts:
-        result[part] = run[part]()
+        result[part] = PARTS[part](shape, args.tiny, args.kinds)
         (args.output_dir / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
         print(part, json.dumps(result[part]) if isinstance(result[part], dict) else "", flush=True)
+        free()
     if "decode" in result:
         draw(result, args.output_dir / "benchmark.png")
 

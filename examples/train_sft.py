@@ -27,7 +27,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_mmgpt.adapters_mmgpt import lora_config, quantization_config, show_head_bias
-from modeling_mmgpt.training_mmgpt import TrainerMixin, compile_parts, frozen_encoder, last_checkpoint
+from modeling_mmgpt.training_mmgpt import (
+    TrainerMixin,
+    compile_parts,
+    fill_vocabulary,
+    frozen_encoder,
+    last_checkpoint,
+)
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
 from processing_mmgpt.latents_mmgpt import keep_latents
 from processing_mmgpt.samples_mmgpt import SampleCallback
@@ -84,7 +90,7 @@ def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
     quantization = quantization_config() if script.load_in_4bit else None
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", quantization_config=quantization)
     if script.fill_vocabulary:
-        model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
+        fill_vocabulary(model)
     if script.compile_layers:
         compile_parts(model)
     return PeftModel.from_pretrained(model, path, is_trainable=True) if is_adapter else model
