@@ -104,13 +104,13 @@ def rank_classes(
     names = processor.tokenizer(
         classes, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
     ).to(model.device)
-    cache = prompt.past_key_values
+    cache = prompt.cache
     cache.batch_repeat_interleave(len(classes))
     before = inputs["attention_mask"].expand(len(classes), -1)
     after = model(
         input_ids=names["input_ids"],
         attention_mask=torch.cat([before, names["attention_mask"]], dim=1),
-        past_key_values=cache,
+        cache=cache,
     )
     logits = torch.cat([prompt.logits.expand(len(classes), -1, -1), after.logits[:, :-1]], dim=1)  # (C, T, V)
     found = logits.float().log_softmax(-1).gather(-1, names["input_ids"][..., None]).squeeze(-1)  # (C, T)

@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from .cache_mmgpt import MMGPTCache
 from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
-from .cross_attention_mmgpt import compute_image_index
+from .images_mmgpt import compute_image_index
 from .modeling_mmgpt import MMGPTForConditionalGeneration, MMGPTModel
 
 

@@ -7,7 +7,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedCon
 class MMGPTCache(EncoderDecoderCache):
     """A self-attention cache of any kind and the keys and values of the images, computed once an image.
 
-    `image_slots` is `(B, M)`: the number of each cached image in its row, 0 for padding; `None` before the first.
+    `image_numbers` is `(B, M)`: the number of each cached image in its row, 0 for padding; `None` before the first.
 
     Args:
         self_attention_cache: The cache handed to the LM.
@@ -15,7 +15,7 @@ class MMGPTCache(EncoderDecoderCache):
 
     def __init__(self, self_attention_cache: Cache):
         super().__init__(self_attention_cache, DynamicCache())
-        self.image_slots: torch.Tensor | None = None
+        self.image_numbers: torch.Tensor | None = None
 
     @classmethod
     def wrap(cls, cache: Cache | None, config: PreTrainedConfig) -> "MMGPTCache":
@@ -31,8 +31,8 @@ class MMGPTCache(EncoderDecoderCache):
             return cache
         if cache.get_seq_length() > 0:
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__} that holds {cache.get_seq_length()} tokens, and knows "
-                "nothing of their images. Continue from the `past_key_values` that this model returned."
+                f"`cache` is a {type(cache).__name__} that holds {cache.get_seq_length()} tokens, and knows "
+                "nothing of their images. Continue from the `cache` that this model returned."
             )
         ours = cls(cache)
         # transformers cuts GPT-Neo's local window out of the room of the cache, not of the tokens in it.
@@ -63,11 +63,16 @@ class MMGPTCache(EncoderDecoderCache):
 
     def image_count(self) -> torch.Tensor | None:
         """Images of each row in the cache, `(B,)`; `None` before the first."""
-        return None if self.image_slots is None else self.image_slots.amax(dim=1)
+        return None if self.image_numbers is None else self.image_numbers.amax(dim=1)
 
-    def add_images(self, slots: torch.Tensor) -> None:
-        """Append `(B, M)` new slots."""
-        self.image_slots = slots if self.image_slots is None else torch.cat([self.image_slots, slots], dim=1)
+    def holds(self, numbers: torch.Tensor) -> bool:
+        """Whether the images of these numbers `(B, M)` are in the cache already."""
+        cached = self.image_count()
+        return cached is not None and bool((cached >= numbers.amax(dim=1).to(cached.device)).all())
+
+    def add_images(self, numbers: torch.Tensor) -> None:
+        """Append `(B, M)` numbers of new images."""
+        self.image_numbers = numbers if self.image_numbers is None else torch.cat([self.image_numbers, numbers], dim=1)
 
     def forget_tokens(self) -> None:
         """Empty the self-attention cache and keep the images."""
@@ -77,27 +82,27 @@ class MMGPTCache(EncoderDecoderCache):
         """Empty both caches."""
         self.self_attention_cache.reset()
         self.cross_attention_cache = DynamicCache()
-        self.image_slots = None
+        self.image_numbers = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
         super().reorder_cache(beam_idx)
-        self._map_slots(lambda slots: slots.index_select(0, beam_idx.to(slots.device)))
+        self._map_numbers(lambda numbers: numbers.index_select(0, beam_idx.to(numbers.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
-        self._map_slots(lambda slots: slots.repeat_interleave(repeats, dim=0))
+        self._map_numbers(lambda numbers: numbers.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows."""
         super().batch_select_indices(indices)
-        self._map_slots(lambda slots: slots[indices])
+        self._map_numbers(lambda numbers: numbers[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; the images stay."""
         self.self_attention_cache.crop(tokens_to_remove)
 
-    def _map_slots(self, function) -> None:
-        if self.image_slots is not None:
-            self.image_slots = function(self.image_slots)
+    def _map_numbers(self, function) -> None:
+        if self.image_numbers is not None:
+            self.image_numbers = function(self.image_numbers)

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .cross_attention_mmgpt import MMGPTGatedCrossAttentionBlock
+from .cross_attention_mmgpt import Conditioning, MMGPTGatedCrossAttentionBlock
 
 
 # Six LM families accept keyword arguments and hand none of them to their layers; theirs come by this way.
 SWALLOW_KEYWORDS = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")
-_conditioning: ContextVar[dict | None] = ContextVar("conditioning", default=None)
+_conditioning: ContextVar[Conditioning | None] = ContextVar("conditioning", default=None)
 
 
 class ConditionedDecoderLayer(nn.Module):
@@ -29,17 +29,22 @@ class ConditionedDecoderLayer(nn.Module):
         self.decoder_layer = decoder_layer
         self.gated_cross_attn_layer = gated_cross_attn_layer
 
-    def forward(self, hidden_states: torch.Tensor, *args, conditioning: dict | None = None, **kwargs):
-        """Run block and layer; `conditioning` comes from [`MMGPTModel.condition`], the rest is the layer's own."""
+    def forward(self, hidden_states: torch.Tensor, *args, conditioning: Conditioning | None = None, **kwargs):
+        """Run block and layer; without `conditioning` there are no images, and the rest is the layer's own."""
         if conditioning is None and not torch.compiler.is_compiling():
             conditioning = _conditioning.get()
-        if conditioning and self.gated_cross_attn_layer is not None:
-            hidden_states = self.gated_cross_attn_layer(hidden_states, *conditioning.values())
+        if conditioning is not None and self.gated_cross_attn_layer is not None:
+            *images, record = conditioning
+            if record.first_state is None:
+                record.first_state = hidden_states
+            hidden_states, weights = self.gated_cross_attn_layer(hidden_states, *images)
+            if weights is not None:
+                record.weights.append(weights)
         return self.decoder_layer(hidden_states, *args, **kwargs)
 
 
-def decoder_layers(text_model: PreTrainedModel) -> tuple[nn.Module, str]:
-    """Find the decoder layers of a causal LM: the module that holds them, and their name in it.
+def decoder_layers(text_model: PreTrainedModel) -> nn.ModuleList:
+    """Find the decoder layers of a causal LM.
 
     Raises:
         ValueError: If the LM keeps its layers under none of the names `layers`, `h`, `blocks`.
@@ -47,7 +52,7 @@ def decoder_layers(text_model: PreTrainedModel) -> tuple[nn.Module, str]:
     decoder = text_model.get_decoder()
     for name in ("layers", "h", "blocks"):
         if isinstance(getattr(decoder, name, None), nn.ModuleList):
-            return decoder, name
+            return getattr(decoder, name)
     raise ValueError(
         f"{type(text_model).__name__} keeps its decoder layers under none of `layers`, `h`, `blocks` of its decoder "
         f"{type(decoder).__name__}: it cannot be conditioned on images."
@@ -55,28 +60,34 @@ def decoder_layers(text_model: PreTrainedModel) -> tuple[nn.Module, str]:
 
 
 def add_gated_blocks(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """Put a gated block before every n-th decoder layer of `text_model`, in place, and return it."""
-    decoder, name = decoder_layers(text_model)
-    every = config.cross_attn_every_n_layers
-    layers = nn.ModuleList()
-    for number, layer in enumerate(getattr(decoder, name), start=1):
+    """Put a gated block before every n-th decoder layer of `text_model`, in place, and return it.
+
+    Raises:
+        ValueError: If the LM has fewer layers than that: no picture could reach it.
+    """
+    layers, every = decoder_layers(text_model), config.cross_attn_every_n_layers
+    if every > len(layers):
+        raise ValueError(
+            f"cross_attn_every_n_layers is {every}, and the LM has {len(layers)} layers: there would be no gated "
+            f"block, and no picture could reach the model. Give at most {len(layers)}."
+        )
+    for number, layer in enumerate(layers, start=1):
         has_block = number % every == 0
         block = MMGPTGatedCrossAttentionBlock(config, layer_idx=number // every - 1) if has_block else None
-        layers.append(ConditionedDecoderLayer(layer, block))
-    setattr(decoder, name, layers)
+        layers[number - 1] = ConditionedDecoderLayer(layer, block)
     return text_model
 
 
-def decode(language_model: nn.Module, conditioning: dict, **kwargs):
+def decode(language_model: nn.Module, conditioning: Conditioning | None, **kwargs):
     """Run an LM, or its decoder alone, with `conditioning` at hand for every layer.
 
     Args:
         language_model: The LM, whose layers are [`ConditionedDecoderLayer`]s.
-        conditioning: From [`MMGPTModel.condition`]; empty to run the bare LM.
+        conditioning: What the gated blocks are handed; `None` to run the bare LM.
         **kwargs: The LM's own arguments; those that are `None` are left out.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    if not conditioning:
+    if conditioning is None:
         return language_model(**kwargs)
     if language_model.config.model_type not in SWALLOW_KEYWORDS:
         return language_model(conditioning=conditioning, **kwargs)
@@ -86,7 +97,7 @@ def decode(language_model: nn.Module, conditioning: dict, **kwargs):
 # Dynamo cannot trace a ContextVar. Here a compiled forward breaks its graph and the LM runs as it stands; a full graph
 # (`fullgraph=True`) is refused. Compiled on, the layers would find no images, and nobody would be told.
 @torch.compiler.disable
-def _decode_by_context(language_model: nn.Module, conditioning: dict, kwargs: dict):
+def _decode_by_context(language_model: nn.Module, conditioning: Conditioning, kwargs: dict):
     token = _conditioning.set(conditioning)
     try:
         return language_model(**kwargs)

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.generation import GenerationConfig
 
 
 RESAMPLER_DEFAULTS = {
@@ -36,7 +35,6 @@ KEYS_OF_TRANSFORMERS = {
     "quantization_config",
     "torch_dtype",
     "use_cache",
-    *GenerationConfig._get_default_generation_params(),
 }
 
 

@@ -4,11 +4,12 @@ transformers' own loop waits in every step until the device has decided whether 
 waits while the next step is prepared. `generate()` takes this loop by itself where [`runs_ahead`] says so.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils import _pytree as pytree
+from torch import distributed, nn
 from transformers import (
     Cache,
     CompileConfig,
@@ -18,23 +19,41 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation import BaseStreamer
-from transformers.generation.utils import DeferredStopCheck, StopCheck
 
 
-def runs_ahead(model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict) -> bool:
+# What transformers' own loop is needed for, by the names of `generate()`'s arguments.
+OF_THE_OTHER_LOOP = (
+    "cache",
+    "compile_config",
+    "disable_compile",
+    "is_assistant",
+    "prefill_chunk_size",
+    "return_dict_in_generate",
+    "stop_strings",
+    "synced_gpus",
+)
+
+
+def runs_ahead(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
     """Whether `generate()` can take [`sample_ahead`]: a compiled step on a GPU, and tokens alone are asked for.
 
-    A `compile_config` of the user is for transformers' loop.
+    Several processes are left to transformers' loop, which waits for the slowest where weights are shared out.
+
+    Args:
+        model: The model.
+        settings: The arguments of the call, over those of the generation configs.
     """
-    cache = model_kwargs.get("past_key_values")
+    quantizer, placed = getattr(model, "hf_quantizer", None), getattr(model, "hf_device_map", {})
     return (
         model.device.type == "cuda"
-        and model._valid_auto_compile_criteria(model_kwargs, generation_config)
-        and generation_config.compile_config is None
-        and can_be_captured(cache)
-        and not getattr(cache, "_is_user_defined", False)
-        and not generation_config.return_dict_in_generate
-        and not generation_config.is_assistant
+        and settings.get("cache_implementation") == "static"
+        and settings.get("use_cache") is not False
+        and settings.get("num_beams") in (None, 1)
+        and not any(settings.get(name) for name in OF_THE_OTHER_LOOP)
+        and not {"cpu", "disk"}.intersection(map(str, placed.values()))
+        and (quantizer is None or quantizer.is_compileable)
+        and "flash" not in model.config.text_config._attn_implementation  # cannot be compiled as one graph
+        and not (distributed.is_initialized() and distributed.get_world_size() > 1)
     )
 
 
@@ -58,41 +77,85 @@ def sample_ahead(
         `(B, T)`, the prompt and what follows; the same tokens as those of transformers' loop.
 
     Raises:
-        ValueError: If more is asked for than tokens (scores, attentions, the cache), or beams, or to go without a
-            cache.
+        ValueError: If more is asked for than tokens (scores, attentions), or beams, or to go without a cache, or to
+            take the prompt in chunks.
     """
-    cache = model_kwargs.get("past_key_values")
-    if generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
-        raise ValueError("sample_ahead gives tokens alone: leave out `return_dict_in_generate` and `past_key_values`.")
-    if cache is None or generation_config.num_beams > 1:
-        raise ValueError("sample_ahead takes a cache and one beam: leave `custom_generate` out.")
+    cache = model_kwargs.get("cache")
+    if generation_config.return_dict_in_generate:
+        raise ValueError("sample_ahead gives tokens alone: leave out `return_dict_in_generate`.")
+    if cache is None or generation_config.num_beams > 1 or generation_config.prefill_chunk_size is not None:
+        raise ValueError("sample_ahead takes a cache, one beam and a whole prompt: leave `custom_generate` out.")
     forward = compiled_step(model, generation_config.compile_config) if cache.is_compileable else model.__call__
     is_captured = input_ids.is_cuda and can_be_captured(cache)
-    stop = StopCheck(streamer)
-    if input_ids.device.type != "cpu":
-        stop = DeferredStopCheck(input_ids, stopping_criteria.max_length, None, False, streamer)
-
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    pad_token_id = padding(generation_config)
     unfinished = input_ids.new_ones(len(input_ids))  # (B,), 0 behind the end of a row
+    coming = deque()  # of the last steps: tokens and whether all rows have ended, on their way to the host
+    steps_ahead = 0 if input_ids.device.type == "cpu" else 1
     num_steps = 0
+
+    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    outputs = model(**inputs, return_dict=True)
     while True:
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        model_kwargs["cache"] = outputs.cache
+        grow(model_kwargs)
         tokens = choose(logits_processor(input_ids, outputs.logits[:, -1].float()), generation_config.do_sample)
-        if generation_config._pad_token_tensor is not None:
-            tokens = tokens.where(unfinished == 1, generation_config._pad_token_tensor)
+        if pad_token_id is not None:
+            tokens = tokens.where(unfinished == 1, pad_token_id)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        if stop(unfinished, tokens, input_ids.shape[1]):
+        coming.append(on_its_way(tokens, unfinished))
+        if len(coming) > steps_ahead and arrives(coming.popleft(), streamer):
+            break
+        if stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length:
+            while coming:
+                arrives(coming.popleft(), streamer)
             break
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         if num_steps == 1 and is_captured:  # the first step has compiled what is captured
             forward = capture(forward, inputs)
         outputs = forward(**inputs, return_dict=True)
         num_steps += 1
-    input_ids = input_ids[:, : input_ids.shape[1] - stop.finish()]
     if streamer is not None:
         streamer.end()
-    return input_ids
+    return input_ids[:, : input_ids.shape[1] - len(coming)]  # without what was decoded after all rows had ended
+
+
+def padding(generation_config: GenerationConfig) -> int | None:
+    """The token behind the end of a row: that for padding, else the first that ends a row."""
+    if generation_config.pad_token_id is not None or generation_config.eos_token_id is None:
+        return generation_config.pad_token_id
+    end = generation_config.eos_token_id
+    return end[0] if isinstance(end, list) else end
+
+
+def grow(model_kwargs: dict[str, Any]) -> None:
+    """Make room for one more token in the mask and the positions of the next step, in place."""
+    if (mask := model_kwargs.get("attention_mask")) is not None:
+        model_kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    if (positions := model_kwargs.get("position_ids")) is not None:
+        model_kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+
+
+def on_its_way(tokens: torch.LongTensor, unfinished: torch.LongTensor) -> tuple[torch.Tensor, torch.Event | None]:
+    """Start to copy what a step decided to the host, which does not wait for it: `(1 + B,)`, and when it is there."""
+    decided = torch.cat([unfinished.amax(dim=0, keepdim=True), tokens])
+    if decided.device.type == "cpu":
+        return decided, None
+    on_host = torch.empty(decided.shape, dtype=decided.dtype, pin_memory=decided.is_cuda)
+    on_host.copy_(decided, non_blocking=True)
+    there = torch.Event(device=decided.device)
+    there.record()
+    return on_host, there
+
+
+def arrives(coming: tuple[torch.Tensor, torch.Event | None], streamer: BaseStreamer | None) -> bool:
+    """Wait for what a step decided, hand its tokens to the streamer, and say whether all rows have ended."""
+    decided, there = coming
+    if there is not None:
+        there.synchronize()
+    if streamer is not None:
+        streamer.put(decided[1:])
+    return bool(decided[0] == 0)
 
 
 def choose(scores: torch.Tensor, do_sample: bool) -> torch.LongTensor:
@@ -124,7 +187,7 @@ def capture(forward: Callable, inputs: dict) -> Callable:
         time, written over.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    static, _ = pytree.tree_flatten(inputs)
+    static = list(tensors_in(inputs))
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # `torch.cuda.graph` would give all cached memory back first, in every call
         graph.capture_begin(capture_error_mode="thread_local")
@@ -135,10 +198,18 @@ def capture(forward: Callable, inputs: dict) -> Callable:
     torch.cuda.current_stream().wait_stream(stream)
 
     def replay(return_dict: bool = True, **new):
-        for into, tensor in zip(static, pytree.tree_flatten(new)[0], strict=True):
-            if isinstance(into, torch.Tensor):
-                into.copy_(tensor)
+        for into, tensor in zip(static, tensors_in(new), strict=True):
+            into.copy_(tensor)
         graph.replay()
         return outputs
 
     return replay
+
+
+def tensors_in(inputs: dict) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of a forward; masks may come in a dict, and a cache keeps its own."""
+    for value in inputs.values():
+        if isinstance(value, dict):
+            yield from tensors_in(value)
+        elif isinstance(value, torch.Tensor):
+            yield value

@@ -1,153 +1,175 @@
 """What `generate()` needs beside a forward: each picture encoded once, before rows are repeated for beams."""
 
+import copy
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .cache_mmgpt import MMGPTCache
-from .cross_attention_mmgpt import (
-    check_image_counts,
-    compute_image_index,
-    compute_image_slots,
-    continue_image_index,
-)
 from .decoding_mmgpt import runs_ahead, sample_ahead
+from .images_mmgpt import continue_image_index, plan_images
 
 
 logger = logging.get_logger(__name__)
 
 
 class MMGPTGenerationMixin(GenerationMixin):
-    """The hooks of transformers' `generate()` that images touch, in the order in which it calls them."""
+    """`generate()` with pictures, by the public hooks of transformers' own."""
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
-        check_assistant(self, generation_mode_kwargs.get("assistant_model"))
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError("assistant_early_exit cannot be used: the gated blocks are counted with all layers.")
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
-    ):
-        if kwargs.get("image_index") is None:
-            found = self._locate_and_encode(input_ids, expand_size, **kwargs)
-            kwargs.update(found, pixel_values=None, num_frames=None)
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-
-    def _locate_and_encode(
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
+    @torch.no_grad()
+    def generate(
         self,
-        input_ids: torch.Tensor,
-        expand_size: int,
-        pixel_values: torch.Tensor | None = None,
-        num_frames: torch.Tensor | None = None,
-        past_key_values: MMGPTCache | None = None,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        assistant_model: PreTrainedModel | None = None,
+        streamer: Any = None,
+        custom_generate: str | Callable | None = None,
         **kwargs,
-    ) -> dict[str, torch.Tensor | None]:
-        """Find out which image each token of the prompt attends to, and encode the new pictures.
+    ):
+        """Generate as transformers does, with the same arguments; pictures are arguments of `forward`.
+
+        The image token is never generated, whatever the generation config says, unless the call itself gives
+        `suppress_tokens`. Continuing from a `cache`, the ids are the cached ones and those of the new turn, and
+        `pixel_values` holds the pictures whose `<image>` is not cached yet. On a GPU with a static cache it decodes by
+        [`sample_ahead`].
+
+        Args:
+            inputs: `(B, T)`, the prompt; or `input_ids` by name.
+            generation_config: As for transformers.
+            assistant_model: A model of this class, with a tower and resampler of the same sizes.
+            streamer: As for transformers.
+            custom_generate: As for transformers.
+            **kwargs: Other arguments of transformers' `generate()` and of `forward`.
+
+        Raises:
+            ValueError: If ids and pictures do not agree, or if an assistant cannot draft for this model.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        given = {} if generation_config is None else generation_config.to_diff_dict()
+        settings = ChainMap(kwargs, given, self.generation_config.to_diff_dict())
+        check_assistant(self, assistant_model, settings)
+        cache = kwargs.get("cache")
+        if cache is not None and custom_generate is sample_ahead:
+            raise ValueError("sample_ahead gives tokens alone: leave out `cache`.")
+        if input_ids is not None and kwargs.get("image_index") is None:
+            kwargs.update(self.locate_and_encode(input_ids, **kwargs), pixel_values=None, num_frames=None)
+        speculates = assistant_model is not None or settings.get("prompt_lookup_num_tokens") is not None
+        if speculates and isinstance(cache, MMGPTCache) and not settings.get("is_assistant"):
+            cache.forget_tokens()  # transformers starts to speculate with all ids, also those in the cache
+        if generation_config is not None and generation_config.suppress_tokens is not None:
+            generation_config = suppress_images(generation_config, self.config)
+        if custom_generate is None and not speculates and runs_ahead(self, settings):
+            custom_generate = partial(sample_ahead, streamer=streamer)
+        return super().generate(
+            input_ids,
+            generation_config,
+            assistant_model=assistant_model,
+            streamer=streamer,
+            custom_generate=custom_generate,
+            **kwargs,
+        )
+
+    def locate_and_encode(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None = None,
+        num_frames: torch.LongTensor | None = None,
+        cache: MMGPTCache | None = None,
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """Find out which image each token of a prompt attends to, and encode the new pictures.
 
         Empties the self-attention cache, and keeps the images, where a new picture changes what cached tokens became.
+
+        Args:
+            input_ids: `(B, T)`, all ids, also those of the tokens in the cache.
+            pixel_values: The new pictures, as in `forward`.
+            num_frames: Their frames, as in `forward`.
+            cache: The cache that is continued.
+            **kwargs: Other arguments of `generate()`, which say nothing about pictures.
+
+        Returns:
+            The arguments of `forward` that take the place of the pictures: `image_index`, and with pictures
+            `image_latents` and `image_numbers`.
+
+        Raises:
+            ValueError: If ids and pictures do not agree, or if the cache holds all of the ids.
         """
-        mode = self.config.media_attention
-        is_image = self.model.find_image_tokens(input_ids)  # (B, T)
-        num_images = 0 if pixel_values is None else pixel_values.shape[1]
-        cache = past_key_values if isinstance(past_key_values, MMGPTCache) else None
-        past_images = None if cache is None else cache.image_count()
-        if past_images is not None and len(past_images) > len(input_ids):
-            past_images = past_images[::expand_size]  # its owner has repeated the rows of the cache already
-        continues = cache is not None and cache.get_seq_length() > 0
-        if continues and cache.get_seq_length() >= input_ids.shape[1]:
+        cache = cache if isinstance(cache, MMGPTCache) else None
+        cached = None if cache is None else cache.image_count()
+        if cached is not None:  # the owner of the cache may have repeated its rows for beams already
+            cached = cached[:: len(cached) // len(input_ids)].to(input_ids.device)
+        length = 0 if cache is None else int(cache.get_seq_length())
+        if 0 < input_ids.shape[1] <= length:
             raise ValueError(
-                f"The cache holds {cache.get_seq_length()} tokens and `input_ids` only {input_ids.shape[1]}: give the "
-                "cached ids and those of the new turn."
+                f"The cache holds {length} tokens and `input_ids` only {input_ids.shape[1]}: give the cached ids and "
+                "those of the new turn."
             )
-        new_images = is_image.sum(dim=1) - (0 if past_images is None else past_images)  # (B,)
-        check_image_counts(new_images, num_images, continues)
-        if continues and self.model.must_recompute(new_images, past_images):
+        index, numbers, must_recompute = plan_images(
+            self.model.find_image_tokens(input_ids),
+            0 if pixel_values is None else pixel_values.shape[1],
+            self.config.media_attention,
+            cached=cached,
+            continues=length > 0,
+        )
+        if must_recompute:
             logger.debug("A new picture changes what the cached tokens became: all tokens are computed anew.")
             cache.forget_tokens()
-        image_index = compute_image_index(is_image, mode)
         if pixel_values is None:
-            return {"image_index": image_index}
-        slots = compute_image_slots(image_index, num_images, past_images).to(self.device)
-        latents = self.model.encode_images(pixel_values.to(self.device), num_frames, slots)
-        return {"image_index": image_index, "image_latents": latents, "image_slots": slots}
+            return {"image_index": index}
+        numbers = numbers.to(self.device)
+        latents = self.model.encode_images(pixel_values.to(self.device), num_frames, numbers)
+        return {"image_index": index, "image_latents": latents, "image_numbers": numbers}
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            user_defined = getattr(model_kwargs["past_key_values"], "_is_user_defined", False)
-            model_kwargs["past_key_values"] = MMGPTCache.wrap(model_kwargs["past_key_values"], self.config)
-            model_kwargs["past_key_values"]._is_user_defined = user_defined
-            self._cache_new_images(model_kwargs["past_key_values"], **model_kwargs)
-
-    def _cache_new_images(
-        self,
-        cache: MMGPTCache,
-        image_latents: torch.Tensor | None = None,
-        image_slots: torch.Tensor | None = None,
-        **kwargs,
-    ) -> None:
-        """Put the pictures of this call into the cache; an assistant is called with the same ones again and again."""
-        if image_latents is not None:
-            cached = cache.image_count()
-            if cached is None or bool((cached < image_slots.amax(dim=1)).any()):
-                self.model.cache_images(cache, image_latents, image_slots)
-
-    def _sample(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        **kwargs,
-    ):
-        mine = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if not synced_gpus and runs_ahead(self, generation_config, kwargs):
-            return sample_ahead(self, *mine, streamer, **kwargs)
-        return super()._sample(*mine, synced_gpus, streamer, **kwargs)
-
-    def _assisted_decoding(self, input_ids: torch.Tensor, **kwargs):
-        # transformers starts to speculate with all ids, also those in the cache: it has to be empty.
-        if kwargs.get("past_key_values") is not None:
-            kwargs["past_key_values"].forget_tokens()
-        return super()._assisted_decoding(input_ids, **kwargs)
-
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.Tensor,
-        past_key_values: MMGPTCache | None = None,
+        input_ids: torch.LongTensor,
+        cache: MMGPTCache | None = None,
         is_first_iteration: bool | None = False,
-        image_index: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
         image_latents: torch.Tensor | None = None,
-        image_slots: torch.Tensor | None = None,
+        image_numbers: torch.LongTensor | None = None,
         **kwargs,
     ) -> dict:
         """Prepare the arguments of one forward.
 
         Args:
             input_ids: All tokens so far; in a chunked prefill, those of the chunk.
-            past_key_values: The cache.
+            cache: The cache; one of transformers is wrapped.
             is_first_iteration: Whether this belongs to the prefill.
             image_index: `(B, T_prompt)`, which image each token of the prompt attends to.
-            image_latents: `(B, M, N, D_vision)` of the pictures, if there is no cache.
-            image_slots: `(B, M)`, their numbers in their rows.
+            image_latents: `(B, M, N, D_vision)` of the new pictures.
+            image_numbers: `(B, M)`, their numbers in their rows.
             **kwargs: Handed to transformers.
         """
+        if cache is not None:
+            cache = MMGPTCache.wrap(cache, self.config)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, cache=cache, is_first_iteration=is_first_iteration, **kwargs
         )
+        if image_index is None:
+            return inputs
         num_tokens = inputs["input_ids"].shape[1]
         start = input_ids.shape[1] - num_tokens
-        if past_key_values is not None and is_first_iteration:
-            start = int(past_key_values.get_seq_length())  # the tokens may be a chunk, from the middle of the prompt
-        end = start + num_tokens
-        index = continue_image_index(image_index, start, end, self.config.media_attention)
+        if cache is not None and is_first_iteration:
+            start = int(cache.get_seq_length())  # the tokens may be a chunk, from the middle of the prompt
+        index = continue_image_index(image_index, start, start + num_tokens, self.config.media_attention)
         inputs["image_index"] = index.to(self.device)
-        if past_key_values is None:
-            inputs.update(image_latents=image_latents, image_slots=image_slots)
+        # An assistant is called with the same pictures again and again, and a prompt comes in chunks. Later the cache
+        # is not asked, which would wait for the device.
+        is_prompt = cache is None or cache.image_numbers is None or is_first_iteration
+        if image_latents is not None and is_prompt and not (cache is not None and cache.holds(image_numbers)):
+            inputs.update(image_latents=image_latents, image_numbers=image_numbers)
         return inputs
 
     def create_masks_for_generate(self, config, **kwargs):
@@ -156,12 +178,25 @@ class MMGPTGenerationMixin(GenerationMixin):
         return create(config=self.config.text_config, **kwargs)
 
 
-def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
+def suppress_images(generation_config: GenerationConfig, config: PreTrainedConfig) -> GenerationConfig:
+    """Add `<image>` to what is never generated, in a copy: generated, it would stand for no picture."""
+    suppressed = generation_config.suppress_tokens or []
+    if config.image_token_id is None or config.image_token_id in suppressed:
+        return generation_config
+    generation_config = copy.deepcopy(generation_config)
+    generation_config.suppress_tokens = [*suppressed, config.image_token_id]
+    return generation_config
+
+
+def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel | None, settings: Mapping[str, Any]) -> None:
     """Look whether an assistant can draft for a model: it is handed the pictures as the model has encoded them.
 
     Raises:
-        ValueError: If it takes no pictures, or encoded pictures of another size.
+        ValueError: If it takes no pictures, or encoded pictures of another size; or if the model is to leave early,
+            as an assistant of its own.
     """
+    if settings.get("assistant_early_exit") is not None:
+        raise ValueError("assistant_early_exit cannot be used: the gated blocks are counted with all layers.")
     if assistant is None:
         return
     if assistant.config.model_type != model.config.model_type:

@@ -5,31 +5,48 @@ Flamingo: https://arxiv.org/abs/2204.14198. MultiModal-GPT: https://arxiv.org/ab
 Letters: `B` rows, `T` text tokens, `M` images in a row, `F` frames of an image, `P` patches, `N` latents, `D` width.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
+    ModelOutput,
 )
-from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .cache_mmgpt import MMGPTCache
-from .conditioning_mmgpt import add_gated_blocks, decode, decoder_layers
+from .conditioning_mmgpt import add_gated_blocks, decode
 from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
-from .cross_attention_mmgpt import (
-    MMGPTGatedCrossAttentionBlock,
-    check_image_counts,
-    compute_image_index,
-    compute_image_slots,
-    cross_attention_mask,
-)
-from .generation_mmgpt import MMGPTGenerationMixin
+from .cross_attention_mmgpt import Conditioning, MMGPTGatedCrossAttentionBlock, Record
+from .generation_mmgpt import MMGPTGenerationMixin, suppress_images
+from .images_mmgpt import compute_image_numbers, cross_attention_mask, plan_images
 from .packing_mmgpt import images_of_document, keep_documents_apart
 from .perceiver_mmgpt import PerceiverResampler
 from .vision_mmgpt import build_vision_tower, load_vision_tower, patch_tokens
+
+
+class Images(NamedTuple):
+    """The images of a forward, as its arguments of the same names."""
+
+    pixel_values: torch.Tensor | None
+    num_frames: torch.Tensor | None
+    image_index: torch.Tensor | None
+    image_latents: torch.Tensor | None
+    image_numbers: torch.Tensor | None
+
+    @property
+    def count(self) -> int:
+        """`M`, the images of each row."""
+        given = self.pixel_values if self.image_latents is None else self.image_latents
+        return 0 if given is None else given.shape[1]
 
 
 class MMGPTPreTrainedModel(PreTrainedModel):
@@ -41,7 +58,6 @@ class MMGPTPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualAttentionBlock", "MMGPTGatedCrossAttentionBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -49,10 +65,7 @@ class MMGPTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MMGPTGatedCrossAttentionBlock):
-            init.zeros_(module.attn_gate)
-            init.zeros_(module.ff_gate)
-        elif isinstance(module, PerceiverResampler):
+        if isinstance(module, PerceiverResampler):
             for embeddings in (module.latents, module.frame_embs, module.media_time_embs):
                 if embeddings is not None:
                     init.normal_(embeddings)
@@ -65,14 +78,13 @@ class MMGPTPreTrainedModel(PreTrainedModel):
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint filled.
 
-        transformers asks the nearest model around a module, which for our blocks is the LM: it would leave their
-        gates as uninitialised memory. So the blocks are ours first.
+        transformers asks the nearest model around a module, which for our blocks is the LM, and an LM knows nothing of
+        gates: it would leave them as uninitialised memory. So these are ours.
         """
-        with init.guard_torch_init_functions():
-            for block in self.modules():
-                if isinstance(block, MMGPTGatedCrossAttentionBlock):
-                    for module in block.modules():
-                        self._initialize_weights(module, self.is_custom_code())
+        for block in self.modules():
+            if isinstance(block, MMGPTGatedCrossAttentionBlock):
+                init.zeros_(block.attn_gate)
+                init.zeros_(block.ff_gate)
         super().initialize_weights()
 
 
@@ -109,6 +121,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         """Set the LM's input embedding."""
         self.text_model.set_input_embeddings(value)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -118,12 +131,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         num_frames: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_latents: torch.Tensor | None = None,
-        image_slots: torch.LongTensor | None = None,
-        document_index: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
+        image_numbers: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the LM's decoder on text and images; arguments as in [`MMGPTForConditionalGeneration.forward`].
@@ -131,34 +139,75 @@ class MMGPTModel(MMGPTPreTrainedModel):
         Returns:
             `last_hidden_state` `(B, T, D)`, the cache, and what else was asked for.
         """
-        _reject_embeds(kwargs)
-        pictures = (pixel_values, num_frames, image_index, image_latents, image_slots)
-        cache = self.open_cache(past_key_values, use_cache, input_ids.shape[1], document_index)
-        conditioning = self.condition(input_ids, *pictures, document_index, cache, output_attentions)
+        images = Images(pixel_values, num_frames, image_index, image_latents, image_numbers)
+        outputs, beside = self.run(self.text_model.get_decoder(), input_ids, attention_mask, images, **kwargs)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs.last_hidden_state, **beside)
+
+    def run(
+        self,
+        language_model: nn.Module,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        images: Images,
+        document_index: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> tuple[ModelOutput, dict]:
+        """Run the LM, or its decoder alone, on text and images: the one road of both forwards.
+
+        Args:
+            language_model: `text_model`, or its decoder.
+            input_ids: `(B, T)`.
+            attention_mask: `(B, T_all)`.
+            images: The images.
+            document_index: This and what follows are arguments of [`MMGPTForConditionalGeneration.forward`].
+            position_ids: `(B, T)`.
+            cache: The cache of an earlier call.
+            use_cache: Return a cache.
+            output_attentions: Return attentions.
+            **kwargs: Handed to `language_model`.
+
+        Returns:
+            What `language_model` returns, and what goes beside it into the output of either forward: the cache, hidden
+            states, attentions and cross-attentions.
+        """
+        if kwargs.pop("inputs_embeds", None) is not None:
+            raise ValueError("`inputs_embeds` cannot be given: the image a token attends to is read from `input_ids`.")
+        cache = self.open_cache(cache, use_cache, input_ids.shape[1], document_index)
+        conditioning = self.condition(input_ids, images, document_index, cache)
         if document_index is not None:
             attention_mask, position_ids = keep_documents_apart(self.text_model, document_index)
         outputs = decode(
-            self.text_model.get_decoder(),
+            language_model,
             conditioning,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=None if cache is None else cache.self_attention_cache,
+            cache=None if cache is None else cache.self_attention_cache,
             use_cache=cache is not None,
             output_attentions=output_attentions,
             **kwargs,
         )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=cache,
-            hidden_states=_from_embedding(outputs.hidden_states, conditioning),
-            attentions=outputs.attentions,
-            cross_attentions=_as_tuple(conditioning),
-        )
+        hidden_states, cross_attentions = outputs.hidden_states, None
+        if conditioning is not None:
+            if self.config.cross_attn_every_n_layers == 1 and hidden_states:
+                # transformers notes what the LM's first layer got, and here a block comes before that.
+                hidden_states = (conditioning.record.first_state, *hidden_states[1:])
+            if output_attentions and conditioning.record.weights:
+                cross_attentions = tuple(conditioning.record.weights)
+        return outputs, {
+            "cache": cache,
+            "hidden_states": hidden_states,
+            "attentions": outputs.attentions,
+            "cross_attentions": cross_attentions,
+        }
 
     def open_cache(
         self,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         num_tokens: int,
         document_index: torch.LongTensor | None = None,
@@ -170,14 +219,15 @@ class MMGPTModel(MMGPTPreTrainedModel):
                 one although rows are packed.
         """
         if document_index is not None:
-            if past_key_values is not None:
-                raise ValueError("Packed rows cannot be continued: give `past_key_values` or `document_index`.")
+            if cache is not None:
+                raise ValueError("Packed rows cannot be continued: give `cache` or `document_index`.")
             return None
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
-        if (past_key_values is None and not use_cache) or (self.training and self.is_activation_checkpointing):
+        is_recomputed = self.training and self.is_activation_checkpointing and torch.is_grad_enabled()
+        if (cache is None and not use_cache) or is_recomputed:
             return None
-        cache = MMGPTCache.wrap(past_key_values, self.config)
+        cache = MMGPTCache.wrap(cache, self.config)
         if not torch.compiler.is_compiling():
             cache.check_room(num_tokens)
         return cache
@@ -185,103 +235,63 @@ class MMGPTModel(MMGPTPreTrainedModel):
     def condition(
         self,
         input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor | None,
-        num_frames: torch.LongTensor | None,
-        image_index: torch.LongTensor | None,
-        image_latents: torch.Tensor | None,
-        image_slots: torch.LongTensor | None,
+        images: Images,
         document_index: torch.LongTensor | None,
         cache: MMGPTCache | None,
-        output_attentions: bool | None = None,
-    ) -> dict:
-        """Work out what every gated block gets: the images, and which token attends to which.
-
-        Returns:
-            The arguments of [`MMGPTGatedCrossAttentionBlock.forward`] in their order; empty without any image.
-        """
-        past_images = cache.image_count() if cache is not None else None
-        pictures = pixel_values if image_latents is None else image_latents
-        num_images = 0 if pictures is None else pictures.shape[1]
-        if image_index is None:
-            image_index = self.locate_images(input_ids, num_images, cache, document_index)
-        if pictures is None and past_images is None:
-            return {}
-        if image_slots is None and pictures is not None:
-            image_slots = compute_image_slots(image_index, num_images, past_images)
-        if image_latents is None and pixel_values is not None:
-            image_latents = self.encode_images(pixel_values, num_frames, image_slots)
-        if cache is not None:
-            if image_latents is not None:
-                self.cache_images(cache, image_latents, image_slots)
-            image_latents, image_slots = None, cache.image_slots
-        before = None
-        if document_index is not None:
-            if self.config.resampler["max_num_images"] is not None:
-                raise ValueError("Rows cannot be packed for a resampler that numbers images: `max_num_images` is set.")
-            before, _ = images_of_document(self.find_image_tokens(input_ids), document_index)
-        mask = cross_attention_mask(
-            image_index, image_slots, self.config.resampler["num_latents"], self.config.media_attention, before
-        )
-        return {
-            "image_latents": image_latents,
-            "attends": (image_index > 0)[..., None],
-            "has_images": (image_index >= 0)[..., None],
-            "mask": mask,
-            "cache": None if cache is None else cache.cross_attention_cache,
-            "cross_attentions": [] if output_attentions else None,
-            "first_states": [] if self.config.cross_attn_every_n_layers == 1 else None,
-        }
-
-    def cache_images(self, cache: MMGPTCache, image_latents: torch.Tensor, image_slots: torch.LongTensor) -> None:
-        """Add images to a cache: their numbers, and in each block their keys and values, computed once an image.
-
-        Args:
-            cache: The cache.
-            image_latents: `(B, M, N, D_vision)`.
-            image_slots: `(B, M)`, their numbers in their rows, 0 for padding.
-        """
-        decoder, name = decoder_layers(self.text_model)
-        for layer in getattr(decoder, name):
-            if layer.gated_cross_attn_layer is not None:
-                layer.gated_cross_attn_layer(None, image_latents, None, None, None, cache.cross_attention_cache)
-        cache.add_images(image_slots)
-
-    def locate_images(
-        self,
-        input_ids: torch.LongTensor,
-        num_images: int,
-        cache: MMGPTCache | None = None,
-        document_index: torch.LongTensor | None = None,
-    ) -> torch.LongTensor:
-        """Number the image that each token attends to, after a look at whether tokens and pictures agree.
-
-        Args:
-            input_ids: `(B, T)`, the tokens that follow those in the cache.
-            num_images: `M`, the pictures given for each row.
-            cache: The cache these tokens continue, if any.
-            document_index: `(B, T)`, the document of each token in packed rows.
-
-        Returns:
-            `(B, T)`, see [`compute_image_index`].
+    ) -> Conditioning | None:
+        """Work out what the gated blocks get: the images, and which token attends to which; `None` without any image.
 
         Raises:
-            ValueError: If a row holds more `<image>` tokens than pictures, or if a picture cannot be added to what
-                is cached without computing it anew.
+            ValueError: If tokens and pictures do not agree, see [`plan_images`], or if a picture cannot be added to
+                what is cached without computing it anew.
         """
-        is_image = self.find_image_tokens(input_ids)
-        continues = cache is not None and cache.get_seq_length() > 0
-        past_images = cache.image_count() if continues else None
-        if not torch.compiler.is_compiling():
-            counts = is_image.sum(dim=1)
-            cached_images = 0 if continues or cache is None or cache.image_slots is None else cache.image_count()
-            check_image_counts(counts - cached_images, num_images, continues)
-            if continues and bool(counts.any()) and self.must_recompute(counts, past_images):
+        index, numbers, latents = images.image_index, images.image_numbers, images.image_latents
+        cached = None if cache is None else cache.image_count()
+        if index is None:
+            continues = cache is not None and cache.get_seq_length() > 0
+            index, planned, must_recompute = plan_images(
+                self.find_image_tokens(input_ids),
+                images.count,
+                self.config.media_attention,
+                before=cached if continues else None,
+                cached=cached,
+                continues=continues,
+                document_index=document_index,
+            )
+            if must_recompute:
                 raise ValueError(
                     "A new picture changes what the tokens in the cache should have been (a first picture arrives "
                     f"late, or media_attention is {self.config.media_attention!r}): run all tokens again without a "
                     "cache, or let `generate()` do it."
                 )
-        return compute_image_index(is_image, self.config.media_attention, past_images, document_index)
+            numbers = planned if numbers is None else numbers
+        if images.count == 0 and cached is None:
+            return None
+        if images.count > 0:
+            numbers = compute_image_numbers(index, images.count, cached) if numbers is None else numbers
+            if latents is None:
+                latents = self.encode_images(images.pixel_values, images.num_frames, numbers)
+            if cache is not None:
+                cache.add_images(numbers)
+        before = None
+        if document_index is not None:
+            if self.config.resampler["max_num_images"] is not None:
+                raise ValueError("Rows cannot be packed for a resampler that numbers images: `max_num_images` is set.")
+            before, _ = images_of_document(self.find_image_tokens(input_ids), document_index)
+        return Conditioning(
+            image_latents=latents,
+            attends=(index > 0)[..., None],
+            has_images=(index >= 0)[..., None],
+            mask=cross_attention_mask(
+                index,
+                numbers if cache is None else cache.image_numbers,
+                self.config.resampler["num_latents"],
+                self.config.media_attention,
+                before,
+            ),
+            cache=None if cache is None else cache.cross_attention_cache,
+            record=Record(),
+        )
 
     def find_image_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """True at the `<image>` tokens, `(B, T)`.
@@ -293,25 +303,18 @@ class MMGPTModel(MMGPTPreTrainedModel):
             raise ValueError("`config.image_token_id` is not set: it is the id of <image> in the tokenizer.")
         return input_ids == self.config.image_token_id
 
-    def must_recompute(self, new_images: torch.Tensor, past_images: torch.Tensor | None) -> bool:
-        """Whether `new_images` `(B,)` after a cache of `past_images` `(B,)` change what the cached tokens became."""
-        if self.config.media_attention == "following":
-            return bool((new_images > 0).any())
-        late = new_images > 0 if past_images is None else (new_images > 0) & (past_images == 0)
-        return bool(late.any())
-
     def encode_images(
         self,
         pixel_values: torch.Tensor,
         num_frames: torch.LongTensor | None = None,
-        image_slots: torch.LongTensor | None = None,
+        image_numbers: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """Turn pictures into latents.
 
         Args:
             pixel_values: `(B, M, F, 3, height, width)`, or `(B, M, 3, height, width)` for one frame each.
             num_frames: `(B, M)`, how many of the `F` frames are real; `None` if all are.
-            image_slots: `(B, M)`, the number of each picture in its row. Those with 0, padding, are not encoded and
+            image_numbers: `(B, M)`, the number of each picture in its row. Those with 0, padding, are not encoded and
                 become zeros. `None` for 1 to M.
 
         Returns:
@@ -319,23 +322,23 @@ class MMGPTModel(MMGPTPreTrainedModel):
         """
         if pixel_values.dim() == 5:
             pixel_values = pixel_values[:, :, None]
-        if image_slots is None:
-            image_slots = torch.arange(1, pixel_values.shape[1] + 1, device=pixel_values.device)
-            image_slots = image_slots.expand(len(pixel_values), -1)
-        real = image_slots > 0
+        if image_numbers is None:
+            image_numbers = torch.arange(1, pixel_values.shape[1] + 1, device=pixel_values.device)
+            image_numbers = image_numbers.expand(len(pixel_values), -1)
+        real = image_numbers > 0
         if torch.compiler.is_compiling() or not bool(real.any()):
-            return self._encode(pixel_values, num_frames, (image_slots - 1).clamp(min=0))
+            return self._encode(pixel_values, num_frames, (image_numbers - 1).clamp(min=0))
         frames = None if num_frames is None else num_frames[real][None]
-        latents = self._encode(pixel_values[real][None], frames, image_slots[real][None] - 1)[0]  # (K, N, D_vision)
+        latents = self._encode(pixel_values[real][None], frames, image_numbers[real][None] - 1)[0]  # (K, N, D_vision)
         return latents.new_zeros(*real.shape, *latents.shape[1:]).masked_scatter(real[..., None, None], latents)
 
     def _encode(
-        self, pixel_values: torch.Tensor, num_frames: torch.LongTensor | None, image_numbers: torch.LongTensor
+        self, pixel_values: torch.Tensor, num_frames: torch.LongTensor | None, places: torch.LongTensor
     ) -> torch.Tensor:
-        """`(B, M, F, 3, height, width) -> (B, M, N, D_vision)`."""
+        """`(B, M, F, 3, height, width)`, and their places `(B, M)` in their rows -> `(B, M, N, D_vision)`."""
         pixels = pixel_values.flatten(0, 2).to(self.resampler.latents.dtype)  # (B*M*F, 3, height, width)
         tokens = patch_tokens(self.vision_tower, pixels)  # (B*M*F, P, D_vision)
-        return self.resampler(tokens.unflatten(0, pixel_values.shape[:3]), num_frames, image_numbers)
+        return self.resampler(tokens.unflatten(0, pixel_values.shape[:3]), num_frames, places)
 
 
 class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
@@ -357,8 +360,15 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         self.model = MMGPTModel(config, vision_tower, text_model)
         self.post_init()
         self._tied_weights_keys = dict(self.all_tied_weights_keys) or None  # where PEFT looks for them
-        if config.image_token_id is not None:
-            self.generation_config.suppress_tokens = [config.image_token_id]  # a picture cannot be generated
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The defaults of `generate()`: whatever config is set, `<image>` is among the tokens it suppresses."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self._generation_config = suppress_images(value, self.config)
 
     def get_input_embeddings(self) -> nn.Module:
         """The LM's input embedding."""
@@ -376,6 +386,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         """Set the LM's head."""
         self.model.text_model.set_output_embeddings(value)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -385,11 +396,11 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         num_frames: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_latents: torch.Tensor | None = None,
-        image_slots: torch.LongTensor | None = None,
+        image_numbers: torch.LongTensor | None = None,
         document_index: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -406,14 +417,14 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
             image_index: `(B, T)`, which image each token attends to; by default worked out from `input_ids`, see
                 [`~modeling_mmgpt.compute_image_index`].
             image_latents: `(B, M, N, D_vision)`, pictures that went through [`MMGPTModel.encode_images`] already.
-            image_slots: `(B, M)`, the number of each picture in its row, 0 for none; by default in the order of the
-                `<image>` tokens, see [`~modeling_mmgpt.compute_image_slots`].
+            image_numbers: `(B, M)`, the number of each picture in its row, 0 for none; by default in the order of the
+                `<image>` tokens, counted.
             document_index: `(B, T)`, for packed rows: the document of each token, counted from 1, and 0 at padding
                 behind them all. Each document is computed as if it stood alone, without a cache; its mask and
                 positions take the place of `attention_mask` and `position_ids`.
             position_ids: `(B, T)`, handed to the LM.
             labels: `(B, T)`, -100 where nothing is to be learnt; the shift is made here.
-            past_key_values: The cache of an earlier call. The new tokens' `<image>`s, and no others, need pictures.
+            cache: The cache of an earlier call. The new tokens' `<image>`s, and no others, need pictures.
             use_cache: Return a cache; by default outside training.
             output_attentions: Return `attentions`, and `cross_attentions` `(B, H, T, M*N)` a block, which needs the
                 eager implementation.
@@ -426,22 +437,17 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         Raises:
             ValueError: On more `<image>` tokens than pictures, on `inputs_embeds`, on a cache that does not fit.
         """
-        _reject_embeds(kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        pictures = (pixel_values, num_frames, image_index, image_latents, image_slots)
-        cache = self.model.open_cache(past_key_values, use_cache, input_ids.shape[1], document_index)
-        conditioning = self.model.condition(input_ids, *pictures, document_index, cache, output_attentions)
-        if document_index is not None:
-            attention_mask, position_ids = keep_documents_apart(self.model.text_model, document_index)
-        outputs = decode(
+        outputs, beside = self.model.run(
             self.model.text_model,
-            conditioning,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=None if cache is None else cache.self_attention_cache,
-            use_cache=cache is not None,
-            output_attentions=output_attentions,
+            input_ids,
+            attention_mask,
+            Images(pixel_values, num_frames, image_index, image_latents, image_numbers),
+            document_index,
+            position_ids,
+            cache,
+            use_cache,
+            output_attentions,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
@@ -449,14 +455,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(outputs.logits, labels, vocab_size, num_items_in_batch=num_items_in_batch)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=outputs.logits,
-            past_key_values=cache,
-            hidden_states=_from_embedding(outputs.hidden_states, conditioning),
-            attentions=outputs.attentions,
-            cross_attentions=_as_tuple(conditioning),
-        )
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=outputs.logits, **beside)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -499,7 +498,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         if rows > text_model.get_input_embeddings().num_embeddings:
             text_model.resize_token_embeddings(rows)
         dtype = dtype or text_model.dtype
-        with local_torch_dtype(dtype, cls.__name__):  # new parts made in float32 would double the peak of a half model
+        with _default_dtype(dtype):  # new parts made in float32 would double the peak of a half model
             tower, vision_config = load_vision_tower(vision, vision_config)
             config = MMGPTConfig(
                 vision_config=vision_config,
@@ -509,7 +508,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
                 **config,
             )
             model = cls(config, tower, text_model).to(dtype)
-        model.generation_config.update(**text_model.generation_config.to_diff_dict())
+        model.generation_config = copy.deepcopy(text_model.generation_config)
         model.generation_config.pad_token_id = text_model.config.pad_token_id
         return model
 
@@ -541,25 +540,17 @@ def new_token_ids(text: str | PreTrainedModel) -> tuple[int, int, int]:
     return image_token_id, end_of_chunk_token_id, tokenizer.pad_token_id
 
 
-def _reject_embeds(kwargs: dict) -> None:
-    if kwargs.pop("inputs_embeds", None) is not None:
-        raise ValueError("`inputs_embeds` cannot be given: which image a token attends to is read from `input_ids`.")
-
-
 def _keep_weights(module: nn.Module | None) -> None:
     """Keep transformers from initialising a module that brings its weights."""
     for part in module.modules() if module is not None else ():
         part._is_hf_initialized = True
 
 
-def _from_embedding(hidden_states: tuple | None, conditioning: dict) -> tuple | None:
-    """Begin the hidden states with what the first block got: transformers records what the LM's first layer got."""
-    first = conditioning.get("first_states")
-    if not hidden_states or not first or hidden_states[0] is None:
-        return hidden_states
-    return (first[0], *hidden_states[1:])
-
-
-def _as_tuple(conditioning: dict) -> tuple[torch.Tensor, ...] | None:
-    collected = conditioning.get("cross_attentions")
-    return None if collected is None else tuple(collected)
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

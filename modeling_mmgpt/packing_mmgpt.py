@@ -40,7 +40,7 @@ def keep_documents_apart(
         config=config,
         inputs_embeds=torch.empty(*document_index.shape, 0, dtype=text_model.dtype, device=document_index.device),
         attention_mask=(document_index > 0).long(),
-        past_key_values=None,
+        cache=None,
         and_mask_function=packed_sequence_mask_function(document_index),
     )
     return mask, positions_in_document(document_index)

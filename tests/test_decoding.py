@@ -33,7 +33,7 @@ def test_the_tokens_are_those_of_generate_also_where_rows_end_early(model, ids, 
     ("options", "named"),
     [
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
-        ({"past_key_values": "cache"}, "past_key_values"),
+        ({"cache": "cache"}, "cache"),
         ({"num_beams": 2}, "one beam"),
         ({"use_cache": False}, "a cache"),
     ],
@@ -41,8 +41,8 @@ def test_the_tokens_are_those_of_generate_also_where_rows_end_early(model, ids, 
 )
 def test_what_it_cannot_do_is_refused(model, ids, pixels, options, named):
     batch = ids("ab#cd") | {"pixel_values": pixels(1, 1)}
-    if "past_key_values" in options:
-        options = {"past_key_values": DynamicCache(config=model.config.text_config)}
+    if "cache" in options:
+        options = {"cache": DynamicCache(config=model.config.text_config)}
     with pytest.raises(ValueError, match=named):
         model.generate(**batch, max_new_tokens=4, custom_generate=sample_ahead, **options)
 

@@ -206,11 +206,11 @@ def test_a_later_turn_from_the_cache_equals_a_full_recomputation(make_model, ids
     if "prompt_lookup_num_tokens" in how and len(first) > 1:
         return  # takes one row
     expected = greedy(model, batch, pixel_values=both, **(how if "num_beams" in how else {}))
-    cache, passed = out.past_key_values, []
+    cache, passed = out.cache, []
     if "num_beams" in how:
         cache.batch_repeat_interleave(how["num_beams"])  # transformers leaves a given cache to its owner
     handle = model.model.vision_tower.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
-    ours = greedy(model, batch, pixel_values=new, past_key_values=cache, **how)
+    ours = greedy(model, batch, pixel_values=new, cache=cache, **how)
     handle.remove()
     assert torch.equal(ours, expected)
     assert sum(passed) == sum(after for _, after in counts)
@@ -226,8 +226,8 @@ def test_three_turns_of_bare_forwards_equal_one(make_model, ids, pixels, mode, s
     cache, parts = None, []
     for start, stop, pictures in ((0, 4, (0, 1)), (4, 6, None), (6, 9, (1, 3))):
         now = None if pictures is None else given[:, pictures[0] : pictures[1]]
-        out = model(rows[:, start:stop], pixel_values=now, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(rows[:, start:stop], pixel_values=now, cache=cache, use_cache=True)
+        cache = out.cache
         parts.append(out.logits)
     assert isinstance(cache, MMGPTCache)
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-4
@@ -236,26 +236,26 @@ def test_three_turns_of_bare_forwards_equal_one(make_model, ids, pixels, mode, s
 def test_a_cache_is_read_also_where_none_is_asked_for(model, ids, pixels):
     rows, given = ids("ab#cd")["input_ids"], pixels(1, 1)
     whole = model(rows, pixel_values=given).logits
-    cache = model(rows[:, :4], pixel_values=given, use_cache=True).past_key_values
-    last = model(rows[:, 4:], past_key_values=cache, use_cache=False).logits
+    cache = model(rows[:, :4], pixel_values=given, use_cache=True).cache
+    last = model(rows[:, 4:], cache=cache, use_cache=False).logits
     assert (last[:, -1] - whole[:, -1]).abs().max() < 1e-4
 
 
 def test_text_goes_on_from_a_cache_in_following_and_a_new_picture_does_not(make_model, ids, pixels):
     model, given = make_model(media_attention="following"), pixels(1, 2)
     whole = model(**ids("ab#cd"), pixel_values=given[:, :1]).logits
-    cache = model(**ids("ab#c"), pixel_values=given[:, :1], use_cache=True).past_key_values
-    last = model(ids("d")["input_ids"], past_key_values=cache).logits
+    cache = model(**ids("ab#c"), pixel_values=given[:, :1], use_cache=True).cache
+    last = model(ids("d")["input_ids"], cache=cache).logits
     assert (last[:, -1] - whole[:, -1]).abs().max() < 1e-4
     with pytest.raises(ValueError, match="following"):
-        model(ids("e#")["input_ids"], pixel_values=given[:, 1:], past_key_values=cache)
+        model(ids("e#")["input_ids"], pixel_values=given[:, 1:], cache=cache)
 
 
 def test_a_late_first_picture_is_refused_by_a_bare_forward(model, ids, pixels):
     for before, pictures in (("abc", None), ("abc", pixels(1, 1))):
-        cache = model(**ids(before), pixel_values=pictures, use_cache=True).past_key_values
+        cache = model(**ids(before), pixel_values=pictures, use_cache=True).cache
         with pytest.raises(ValueError, match="first picture"):
-            model(ids("d#")["input_ids"], pixel_values=pixels(1, 1), past_key_values=cache)
+            model(ids("d#")["input_ids"], pixel_values=pixels(1, 1), cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -268,19 +268,19 @@ def test_wrong_numbers_of_new_pictures_are_refused(model, ids, pixels, second, p
         **start, pixel_values=pixels(1, 1), max_new_tokens=3, do_sample=False, return_dict_in_generate=True
     )
     with pytest.raises(ValueError) as error:
-        greedy(model, turn(start, out.sequences, ids(second)), pixel_values=given, past_key_values=out.past_key_values)
+        greedy(model, turn(start, out.sequences, ids(second)), pixel_values=given, cache=out.cache)
     assert all(number in str(error.value) for number in numbers)
-    cache = model(**start, pixel_values=pixels(1, 1), use_cache=True).past_key_values
+    cache = model(**start, pixel_values=pixels(1, 1), use_cache=True).cache
     with pytest.raises(ValueError):
-        model(ids(second)["input_ids"], pixel_values=given, past_key_values=cache)
+        model(ids(second)["input_ids"], pixel_values=given, cache=cache)
 
 
 def test_a_dropped_picture_is_never_used_later(model, ids, pixels):
-    cache = model(**ids("ab#c"), pixel_values=pixels(1, 2), use_cache=True).past_key_values
+    cache = model(**ids("ab#c"), pixel_values=pixels(1, 2), use_cache=True).cache
     with pytest.raises(ValueError, match="Row 0"):
-        model(ids("#d")["input_ids"], past_key_values=cache)
-    cache = model(**ids("ab#c"), pixel_values=pixels(1, 2), use_cache=True).past_key_values
-    ours = model(ids("#d")["input_ids"], pixel_values=pixels(1, 1, seed=3), past_key_values=cache).logits
+        model(ids("#d")["input_ids"], cache=cache)
+    cache = model(**ids("ab#c"), pixel_values=pixels(1, 2), use_cache=True).cache
+    ours = model(ids("#d")["input_ids"], pixel_values=pixels(1, 1, seed=3), cache=cache).logits
     both = torch.cat([pixels(1, 2)[:, :1], pixels(1, 1, seed=3)], dim=1)
     assert (ours - model(**ids("ab#c#d"), pixel_values=both).logits[:, -2:]).abs().max() < 1e-4
 
@@ -290,13 +290,13 @@ def test_a_dropped_picture_is_never_used_later(model, ids, pixels):
 
 def test_a_foreign_cache_with_tokens_is_refused_and_an_empty_one_taken(model, make_lm, ids, pixels):
     batch = ids("ab#c")
-    foreign = make_lm(model)(**batch, use_cache=True).past_key_values
+    foreign = make_lm(model)(**batch, use_cache=True).cache
     assert isinstance(foreign, DynamicCache)
     for run in (model, model.model, model.generate):
         with pytest.raises(ValueError, match="DynamicCache that holds 4 tokens"):
-            run(input_ids=ids("ab#cde")["input_ids"], pixel_values=pixels(1, 1), past_key_values=foreign)
+            run(input_ids=ids("ab#cde")["input_ids"], pixel_values=pixels(1, 1), cache=foreign)
     expected = greedy(model, batch, pixel_values=pixels(1, 1))
-    assert torch.equal(greedy(model, batch, pixel_values=pixels(1, 1), past_key_values=DynamicCache()), expected)
+    assert torch.equal(greedy(model, batch, pixel_values=pixels(1, 1), cache=DynamicCache()), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -305,14 +305,12 @@ def test_a_static_cache_without_room_is_refused_with_both_lengths(make_model, id
     batch, given = ids("ab#cdefghijk"), pixels(1, 1)
     for run in (model, model.model):
         with pytest.raises(ValueError, match="(?s)10.*12"):
-            run(**batch, pixel_values=given, past_key_values=StaticCache(model.config.text_config, max_cache_len=10))
+            run(**batch, pixel_values=given, cache=StaticCache(model.config.text_config, max_cache_len=10))
     with pytest.raises(ValueError, match="(?s)14.*15"):
-        greedy(
-            model, batch, pixel_values=given, past_key_values=StaticCache(model.config.text_config, max_cache_len=14)
-        )
+        greedy(model, batch, pixel_values=given, cache=StaticCache(model.config.text_config, max_cache_len=14))
     roomy = StaticCache(model.config.text_config, max_cache_len=32)
     expected = greedy(model, batch, pixel_values=given)
-    assert torch.equal(greedy(model, batch, pixel_values=given, past_key_values=roomy), expected)
+    assert torch.equal(greedy(model, batch, pixel_values=given, cache=roomy), expected)
 
 
 # The image token, threads, streams
@@ -470,7 +468,7 @@ def test_scores_are_those_of_a_full_forward(model, ids, pixels, how):
     forbidden = scores == float("-inf")
     assert forbidden[..., [257, 259]].all() and forbidden.sum() == 2 * 4 * 2  # the end for now, and the image token
     assert torch.equal(scores[~forbidden], ours[~forbidden])
-    assert isinstance(out.past_key_values, MMGPTCache) and len(out.hidden_states) == 4
+    assert isinstance(out.cache, MMGPTCache) and len(out.hidden_states) == 4
 
 
 # The pipeline of transformers
@@ -535,7 +533,7 @@ def test_a_cached_picture_takes_two_vectors_a_latent_and_block(make_model, ids, 
 
     model = make_model(dtype=torch.bfloat16)
     for count in (1, 32):
-        cache = model(**ids("#a" * count), pixel_values=pixels(1, count), use_cache=True).past_key_values
+        cache = model(**ids("#a" * count), pixel_values=pixels(1, count), use_cache=True).cache
         assert bytes_of(cache) == 2 * count * expected(model.config, blocks=2)
     config = MMGPTConfig(
         vision_config=MMGPTVisionConfig.from_open_clip("ViT-L-14-quickgelu"),
@@ -547,8 +545,8 @@ def test_a_cached_picture_takes_two_vectors_a_latent_and_block(make_model, ids, 
         cache = model(
             torch.ones(1, 64, dtype=torch.long),
             image_index=torch.ones(1, 64, dtype=torch.long),
-            image_slots=torch.ones(1, 32, dtype=torch.long),
+            image_numbers=torch.ones(1, 32, dtype=torch.long),
             image_latents=torch.ones(1, 32, 64, 1024, dtype=torch.bfloat16),
             use_cache=True,
-        ).past_key_values
+        ).cache
     assert bytes_of(cache) == 2 * 32 * expected(config, blocks=8) == 32 * 2**20

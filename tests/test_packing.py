@@ -116,9 +116,9 @@ def test_a_packed_text_document_is_the_bare_lm(model, make_lm, ids, packed):
 
 
 def test_what_cannot_be_packed_is_refused(model, make_model, ids, packed):
-    cache = model(**ids("ab"), use_cache=True).past_key_values
+    cache = model(**ids("ab"), use_cache=True).cache
     with pytest.raises(ValueError, match="Packed rows cannot be continued"):
-        model(**packed, past_key_values=cache)
+        model(**packed, cache=cache)
     with pytest.raises(ValueError, match="max_num_images"):
         make_model(resampler={"num_heads": 2, "head_dim": 8, "num_latents": 4, "max_num_images": 4})(**packed)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modeling_mmgpt import compute_image_index
 from modeling_mmgpt.conditioning_mmgpt import decoder_layers
-from modeling_mmgpt.cross_attention_mmgpt import compute_image_slots, cross_attention_mask
+from modeling_mmgpt.images_mmgpt import compute_image_numbers, cross_attention_mask
 
 
 MODES = ("preceding", "all_preceding", "following")
@@ -180,7 +180,7 @@ def test_numbers_and_mask_are_those_of_a_loop(examples):
         index = compute_image_index(is_image, mode)
         seen = [sees(row, mode) for row in rows]
         assert index.tolist() == [[-1 if s is None else max(s, default=0) for s in row] for row in seen]
-        slots = compute_image_slots(index, MOST_IMAGES + 1)
+        slots = compute_image_numbers(index, MOST_IMAGES + 1)
         assert slots.tolist() == [[n if n <= row.count("#") else 0 for n in range(1, MOST_IMAGES + 2)] for row in rows]
         mask = cross_attention_mask(index, slots, 2, mode)[:, 0, :, ::2]
         for number, row in enumerate(seen):
@@ -219,8 +219,8 @@ def test_pieces_from_a_cache_give_the_logits_of_the_slow_model(models, make_lm, 
             for start, stop in zip(cuts, cuts[1:], strict=False):
                 given = pictures_of(pool, rows, start, stop)
                 tokens = batch["input_ids"][:, start:stop]
-                out = model(tokens, mask[:, :stop], given, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = model(tokens, mask[:, :stop], given, cache=cache, use_cache=True)
+                cache = out.cache
                 parts.append(out.logits)
         except ValueError:
             assert is_late(rows, cuts, mode)
@@ -257,10 +257,10 @@ def test_a_later_turn_generates_what_full_forwards_choose(models, ids, pool, exa
         cut = len(start[0])
         given = pictures_of(pool, both, cut, None)
         with_new_pictures.append(given is not None)
-        cache = out.past_key_values
+        cache = out.cache
         if "num_beams" in how:
             cache.batch_repeat_interleave(2)
-        ours = model.generate(tokens, attention_mask=mask, pixel_values=given, past_key_values=cache, **new, **how)
+        ours = model.generate(tokens, attention_mask=mask, pixel_values=given, cache=cache, **new, **how)
         everything = {"attention_mask": mask, "pixel_values": pictures_of(pool, both, 0, None)}
         if "num_beams" in how:
             expected = model.generate(tokens, **everything, **new, **how, use_cache=False)
