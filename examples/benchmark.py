@@ -39,8 +39,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from modeling_mmgpt.adapters_mmgpt import lora_config
 from modeling_mmgpt.decoding_mmgpt import sample_ahead
-from modeling_mmgpt.fusing_mmgpt import fuse_projections
-from modeling_mmgpt.training_mmgpt import compile_parts, fill_vocabulary
+from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
+from modeling_mmgpt.speed.fusing import fuse_projections
 from processing_mmgpt.collator_mmgpt import fill_rows
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import processing_mmgpt  # noqa: F401 - for the Auto classes
-from modeling_mmgpt.fusing_mmgpt import fuse_projections
+from modeling_mmgpt.speed.fusing import fuse_projections
 
 
 def load_base(adapter: str, dequantize: bool = False) -> tuple[PreTrainedModel, torch.dtype]:

@@ -24,7 +24,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from trl import TrlParser
 
 from modeling_mmgpt import MMGPTForConditionalGeneration
-from modeling_mmgpt.training_mmgpt import TrainerMixin, keep_rows, last_checkpoint
+from modeling_mmgpt.training.checkpoints import TrainerMixin, last_checkpoint
+from modeling_mmgpt.training.weights import keep_rows
 from processing_mmgpt import MMGPTCollator, MMGPTProcessor, load_instruction_dataset
 from processing_mmgpt.few_shot_mmgpt import TEMPLATE
 

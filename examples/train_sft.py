@@ -27,13 +27,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_mmgpt.adapters_mmgpt import lora_config, quantization_config, show_head_bias
-from modeling_mmgpt.training_mmgpt import (
-    TrainerMixin,
-    compile_parts,
-    fill_vocabulary,
-    frozen_encoder,
-    last_checkpoint,
-)
+from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
+from modeling_mmgpt.training.checkpoints import TrainerMixin, last_checkpoint
+from modeling_mmgpt.training.latents import frozen_encoder
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
 from processing_mmgpt.latents_mmgpt import keep_latents
 from processing_mmgpt.samples_mmgpt import SampleCallback

@@ -60,9 +60,8 @@ def lora_config(
         # The model does not know its commit; the cache knows which one `main` was when it was loaded.
         cached = try_to_load_from_cache(model.name_or_path, "config.json")
         kwargs.setdefault("revision", Path(cached).parent.name if isinstance(cached, str) else None)
-    decoder, name = decoder_layers(model.model.text_model)
     attention, feed_forward = set(), set()
-    for layer in getattr(decoder, name):
+    for layer in decoder_layers(model.model.text_model):
         for path, module in layer.decoder_layer.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):
                 (attention if "att" in path.split(".")[0] else feed_forward).add(f"decoder_layer.{path}")

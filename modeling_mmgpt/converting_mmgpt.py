@@ -213,8 +213,7 @@ def _rename(weights: dict[str, torch.Tensor], text_model: PreTrainedModel) -> di
     Raises:
         ValueError: If two that meet differ.
     """
-    decoder, attribute = decoder_layers(text_model)
-    layers = f"{_name_of(text_model, decoder)}.{attribute}"
+    layers = _name_of(text_model, decoder_layers(text_model))
     head = _name_of(text_model, text_model.get_output_embeddings())
     rules = [(old, new.replace("{layers}", layers).replace("{head}", head)) for old, new in RENAMES]
     tied = {

@@ -55,7 +55,7 @@ def keep_latents(
         data: From [`~processing_mmgpt.mixture_mmgpt.load_instruction_dataset`], not streamed, or rows of it.
         image_processor: Turns pictures into pixels.
         encode: `pixel_values` `(B, M, F, 3, size, size)` and `num_frames` `(B, M)` to `(B, M, N, D_vision)`, as
-            [`~modeling_mmgpt.training_mmgpt.frozen_encoder`] makes it.
+            [`~modeling_mmgpt.training.latents.frozen_encoder`] makes it.
         fingerprint: What `encode` depends on, by the same.
         num_workers: Worker processes that open pictures.
 

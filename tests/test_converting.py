@@ -104,7 +104,7 @@ def load_case(folder, layout, mode):
 
 
 def blocks(model):
-    layers = getattr(*decoder_layers(model.model.text_model))
+    layers = decoder_layers(model.model.text_model)
     return {
         number: layer.gated_cross_attn_layer
         for number, layer in enumerate(layers)

@@ -168,15 +168,15 @@ def refused(error):
 
 def describe(model):
     """What can be said of a family without running it."""
-    decoder, name = decoder_layers(model.model.text_model)
-    path = next(path for path, module in model.model.text_model.named_modules() if module is decoder)
+    layers = decoder_layers(model.model.text_model)
+    path = next(path for path, module in model.model.text_model.named_modules() if module is layers)
     attention = lora_targets(model)
     try:
         mlp = last_names(lora_targets(model, language_mlp=True) - attention)
     except ValueError as error:
         mlp = refused(error)
     way = "context variable" if model.config.text_config.model_type in SWALLOW_KEYWORDS else "keyword"
-    return {"layers": f"{path}.{name}", "by": way, "LoRA": last_names(attention), "LoRA of the MLP": mlp}
+    return {"layers": path, "by": way, "LoRA": last_names(attention), "LoRA of the MLP": mlp}
 
 
 def measure(tiny, check):

@@ -7,7 +7,7 @@ from conftest import BASE
 from transformers import AutoModelForImageTextToText
 
 from modeling_mmgpt.adapters_mmgpt import lora_config
-from modeling_mmgpt.fusing_mmgpt import fuse_projections
+from modeling_mmgpt.speed.fusing import fuse_projections
 
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -19,7 +19,7 @@ from test_train import world as world
 
 from modeling_mmgpt import modeling_mmgpt
 from modeling_mmgpt.adapters_mmgpt import lora_config
-from modeling_mmgpt.training_mmgpt import frozen_encoder
+from modeling_mmgpt.training.latents import frozen_encoder
 from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, latents_mmgpt, load_instruction_dataset
 from processing_mmgpt.latents_mmgpt import keep_latents
 from processing_mmgpt.skips_mmgpt import count_skips

@@ -124,9 +124,7 @@ class Slow:
 
     def __init__(self, model, make_lm):
         self.model, self.lm, self.now = model, make_lm(model), None
-        for ours, bare in zip(
-            *(getattr(*decoder_layers(lm)) for lm in (model.model.text_model, self.lm)), strict=True
-        ):
+        for ours, bare in zip(*(decoder_layers(lm) for lm in (model.model.text_model, self.lm)), strict=True):
             if ours.gated_cross_attn_layer is not None:
                 bare.register_forward_pre_hook(self.condition(ours.gated_cross_attn_layer))
 

@@ -30,7 +30,8 @@ from trl import SFTConfig, TrlParser
 
 from modeling_mmgpt import MMGPTForConditionalGeneration
 from modeling_mmgpt.adapters_mmgpt import lora_config, new_token_rows, quantization_config
-from modeling_mmgpt.training_mmgpt import compile_parts, decayed_weights
+from modeling_mmgpt.speed.compiling import compile_parts
+from modeling_mmgpt.training.weights import decayed_weights
 from processing_mmgpt import MMGPTCollator
 from processing_mmgpt.samples_mmgpt import reply
 

@@ -1,4 +1,4 @@
-"""A LLaMA with fewer and larger products, for speed. Not part of the remote code."""
+"""A LLaMA with fewer and larger products."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Phi3Config
 
-from .modeling_mmgpt import MMGPTForConditionalGeneration
+from ..modeling_mmgpt import MMGPTForConditionalGeneration
 
 
 # Matrices of a decoder layer of Phi-3, and those of LLaMA's that stand in them one below the other.

@@ -1,0 +1,1 @@
+"""What a Trainer of transformers or TRL lacks."""

@@ -1,0 +1,36 @@
+"""Which weights learn, and which decay."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..cross_attention_mmgpt import MMGPTGatedCrossAttentionBlock
+
+
+def decayed_weights(model: nn.Module) -> list[str]:
+    """Name the parameters that weight decay is for: the matrices of the gated blocks, and LoRA on them.
+
+    So OpenFlamingo and Multimodal-GPT mean it (`--weight_decay 0.1`): a gate, a norm or a bias has no business near
+    zero, and the resampler, embedding rows and LoRA on the LM's own layers get none either.
+    https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/train/train.py, `get_grouped_params`
+
+    Args:
+        model: The model, bare or with an adapter.
+    """
+    names = []
+    for path, block in model.named_modules():
+        if isinstance(block, MMGPTGatedCrossAttentionBlock):
+            # By module: the reference goes by names that hold "norm", and so decays the norm called `ff.0`.
+            names += [f"{path}.{name}.weight" for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+    return names
+
+
+def keep_rows(parameter: nn.Parameter, rows: list[int]) -> None:
+    """Zero the gradient of an embedding, or a head, outside some rows; sharded or not, in place."""
+    if parameter.grad is None:
+        return
+    mask = torch.zeros(parameter.shape[0], 1, dtype=parameter.dtype, device=parameter.grad.device)
+    mask[rows] = 1
+    if isinstance(parameter.grad, DTensor):
+        mask = distribute_tensor(mask, parameter.grad.device_mesh, parameter.grad.placements)
+    parameter.grad.mul_(mask)
