@@ -34,12 +34,9 @@ class ConditionedDecoderLayer(nn.Module):
         if conditioning is None and not torch.compiler.is_compiling():
             conditioning = _conditioning.get()
         if conditioning is not None and self.gated_cross_attn_layer is not None:
-            *images, record = conditioning
-            if record.first_state is None:
-                record.first_state = hidden_states
-            hidden_states, weights = self.gated_cross_attn_layer(hidden_states, *images)
-            if weights is not None:
-                record.weights.append(weights)
+            if conditioning.record.first_state is None:
+                conditioning.record.first_state = hidden_states
+            hidden_states = self.gated_cross_attn_layer(hidden_states, *conditioning)
         return self.decoder_layer(hidden_states, *args, **kwargs)
 
 

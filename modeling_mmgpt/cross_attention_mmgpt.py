@@ -25,7 +25,7 @@ class Record:
 
 
 class Conditioning(NamedTuple):
-    """What the layers of the LM get beside their own arguments: what a gated block is handed, and the record.
+    """What the layers of the LM get beside their own arguments, and hand to their gated block.
 
     A tuple: hooks that place a model on several devices move its tensors, and checkpointing takes them by position.
     """
@@ -114,25 +114,27 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
         has_images: torch.Tensor,
         mask: torch.Tensor | None,
         cache: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        record: Record,
+    ) -> torch.Tensor:
         """Let the images in; tensors are positional, as reentrant checkpointing demands.
 
         Args:
             hidden_states: `(B, T, D)`.
-            image_latents: This and what follows are fields of [`Conditioning`]. A token whose document has no images
-                passes unchanged, to the bit.
+            image_latents: This and what follows are the fields of [`Conditioning`], in their order. A token whose
+                document has no images passes unchanged, to the bit.
             attends: `(B, T, 1)`.
             has_images: `(B, T, 1)`.
             mask: `(B, 1, T, M*N)`.
             cache: Keys and values of the images.
+            record: Gets the weights, zero where a token attends to no image.
 
         Returns:
-            `(B, T, D)`, and the weights `(B, H, T, M*N)` if the implementation is eager: zero where a token attends to
-            no image.
+            `(B, T, D)`.
         """
         attended, weights = self.attn(hidden_states, image_latents, mask, cache)
+        if weights is not None:
+            record.weights.append(weights.where(attends[:, None], 0))
         attended = attended.where(attends, 0)  # (B, T, D)
         conditioned = hidden_states + self.attn_gate.tanh().to(attended.dtype) * attended
         conditioned = conditioned + self.ff_gate.tanh().to(attended.dtype) * self.ff(conditioned)
-        weights = None if weights is None else weights.where(attends[:, None], 0)
-        return conditioned.where(has_images, hidden_states), weights
+        return conditioned.where(has_images, hidden_states)

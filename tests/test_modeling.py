@@ -150,7 +150,7 @@ def test_only_all_preceding_sees_an_image_through_a_later_one(make_model, ids, p
         model = make_model(media_attention=mode, cross_attn_every_n_layers=1)
         seen = []
         block = model.model.text_model.model.layers[0].gated_cross_attn_layer
-        block.register_forward_hook(lambda _, args, output, seen=seen: seen.append(output[0][:, -1]))
+        block.register_forward_hook(lambda _, args, output, seen=seen: seen.append(output[:, -1]))
         for given in (one, other):
             logits(model, ids("#a#b"), pixel_values=given)
         assert (difference(*seen) > 1e-3) == sees
