@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
+from transformers.modeling_outputs import ModelOutput
 from transformers.generation import BaseStreamer
 
 
@@ -27,7 +28,6 @@ OF_THE_OTHER_LOOP = (
     "compile_config",
     "disable_compile",
     "is_assistant",
-    "prefill_chunk_size",
     "return_dict_in_generate",
     "stop_strings",
     "synced_gpus",
@@ -63,7 +63,7 @@ def sample_ahead(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    streamer: BaseStreamer | None = None,
+    streamer: Any = None,
     **model_kwargs,
 ) -> torch.LongTensor:
     """Decode greedily or by sampling; the arguments are those that `generate()` hands to its loops.
@@ -77,14 +77,13 @@ def sample_ahead(
         `(B, T)`, the prompt and what follows; the same tokens as those of transformers' loop.
 
     Raises:
-        ValueError: If more is asked for than tokens (scores, attentions), or beams, or to go without a cache, or to
-            take the prompt in chunks.
+        ValueError: If more is asked for than tokens (scores, attentions), or beams, or to go without a cache.
     """
     cache = model_kwargs.get("cache")
     if generation_config.return_dict_in_generate:
         raise ValueError("sample_ahead gives tokens alone: leave out `return_dict_in_generate`.")
-    if cache is None or generation_config.num_beams > 1 or generation_config.prefill_chunk_size is not None:
-        raise ValueError("sample_ahead takes a cache, one beam and a whole prompt: leave `custom_generate` out.")
+    if cache is None or generation_config.num_beams > 1:
+        raise ValueError("sample_ahead takes a cache and one beam: leave `custom_generate` out.")
     forward = compiled_step(model, generation_config.compile_config) if cache.is_compileable else model.__call__
     is_captured = input_ids.is_cuda and can_be_captured(cache)
     pad_token_id = padding(generation_config)
@@ -93,8 +92,11 @@ def sample_ahead(
     steps_ahead = 0 if input_ids.device.type == "cpu" else 1
     num_steps = 0
 
-    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
-    outputs = model(**inputs, return_dict=True)
+    chunk_size = generation_config.prefill_chunk_size
+    if chunk_size is None:
+        outputs = prefill(model, model, input_ids, input_ids.shape[1], model_kwargs)
+    else:
+        outputs = prefill(model, forward, input_ids, chunk_size, model_kwargs)
     while True:
         model_kwargs["cache"] = outputs.cache
         grow(model_kwargs)
@@ -118,6 +120,23 @@ def sample_ahead(
     if streamer is not None:
         streamer.end()
     return input_ids[:, : input_ids.shape[1] - len(coming)]  # without what was decoded after all rows had ended
+
+
+def prefill(
+    model: PreTrainedModel, forward: Callable, input_ids: torch.LongTensor, chunk_size: int, model_kwargs: dict[str, Any]
+) -> ModelOutput:
+    """Run the prompt `(B, T)`, so many tokens at a time, and give what the last of them return."""
+    mask, positions, start, chunk = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"), 0, {}
+    for ids in input_ids.split(chunk_size, dim=1):
+        end = start + ids.shape[1]
+        if mask is not None:
+            chunk["attention_mask"] = mask[:, :end]
+        if positions is not None:
+            chunk["position_ids"] = positions[..., start:end]
+        inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **{**model_kwargs, **chunk})
+        outputs = forward(**inputs, return_dict=True)
+        chunk["cache"], start = outputs.cache, end
+    return outputs
 
 
 def padding(generation_config: GenerationConfig) -> int | None:
@@ -148,7 +167,7 @@ def on_its_way(tokens: torch.LongTensor, unfinished: torch.LongTensor) -> tuple[
     return on_host, there
 
 
-def arrives(coming: tuple[torch.Tensor, torch.Event | None], streamer: BaseStreamer | None) -> bool:
+def arrives(coming: tuple[torch.Tensor, torch.Event | None], streamer: Any) -> bool:
     """Wait for what a step decided, hand its tokens to the streamer, and say whether all rows have ended."""
     decided, there = coming
     if there is not None:
