@@ -469,7 +469,6 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(BUILD), choices=list(BUILD), help="the models")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
     shape = TINY_BASE if args.tiny else OPEN_FLAMINGO_9B
     args.output_dir.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"

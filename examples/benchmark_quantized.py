@@ -277,7 +277,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--parts", nargs="+", default=["methods", "memory"], choices=["methods", "memory"])
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     shape = TINY if args.tiny else OPEN_FLAMINGO_9B
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@
     python examples/chat_app.py outputs/quickstart/adapter           # an adapter, on its base
     python examples/chat_app.py BASE --adapter ONE --adapter TWO     # choose between adapters while chatting
 
-Needs `pip install -e ".[demo]"`; opens http://127.0.0.1:7860, for this machine alone. Pictures can come with any turn,
-several with one. `docs/chat.md` says who sees what and what stays where.
+Needs `pip install -e ".[demo]" -c constraints.txt`; opens http://127.0.0.1:7860, for this machine alone. Pictures can
+come with any turn, several with one. `docs/chat.md` says who sees what and what stays where.
 
 gradio's own `ChatInterface` is not used: it keeps a question and its pictures in one message, and gradio 6.31 takes
 the pictures away when such a message is edited. Here each picture is a message of its own, and the text another.

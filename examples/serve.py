@@ -1,6 +1,6 @@
 """Serve a model by the chat server of transformers, for clients of OpenAI's API.
 
-    pip install -e ".[serve]"
+    pip install -e ".[serve]" -c constraints.txt
     python examples/serve.py outputs/quickstart/adapter --port 8000
 
 The model is a folder or a Hub id, of an adapter or of a whole model; it is served under the name of its folder or its

@@ -3,9 +3,10 @@
     python examples/show_attention.py outputs/quickstart/adapter "What colour is the circle?" --image scene.png
 
 Draws `attention.png`, one column for each of `--media-attention`: the model's own mode, and `following`, the mode
-of Multimodal-GPT as released, in which nothing after the last picture looks at it. Needs `pip install -e ".[demo]"`.
+of Multimodal-GPT as released, in which nothing after the last picture looks at it.
 
-What is drawn, with the figures of how well it points, is in `docs/attention.md`.
+What is drawn, with the figures of how well it points, is in `docs/attention.md`. Needs
+`pip install -e ".[demo]" -c constraints.txt`.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,17 @@ FAMILIES = {
     "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
+
+
+def pytest_configure(config):
+    """Make deprecated calls errors where they are ours to change: in packages, remote code, examples."""
+    examples = "|".join(file.stem for file in BASE.parents[1].glob("[a-z]*.py"))
+    for warning in ("DeprecationWarning", "FutureWarning"):
+        config.addinivalue_line(
+            "filterwarnings", rf"error::{warning}:(.*_mmgpt|push_to_hub|examples|tiny_world|{examples})\b"
+        )
+    # Examples that a test starts as programs.
+    os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning:__main__,error::FutureWarning:__main__"
 
 
 def note_results(name, figures):
