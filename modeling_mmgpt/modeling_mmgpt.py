@@ -29,7 +29,7 @@ from .cross_attention_mmgpt import (
 from .generation_mmgpt import MMGPTGenerationMixin
 from .packing_mmgpt import images_of_document, keep_documents_apart
 from .perceiver_mmgpt import PerceiverResampler
-from .vision_mmgpt import build_vision_tower, load_vision_tower, patch_tokens
+from .vision_mmgpt import KEY_MAPPING, MMGPTVisionTower, build_vision_tower, load_vision_tower, patch_tokens
 
 
 class MMGPTPreTrainedModel(PreTrainedModel):
@@ -40,11 +40,17 @@ class MMGPTPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ResidualAttentionBlock", "MMGPTGatedCrossAttentionBlock"]
+    _no_split_modules = ["MMGPTVisionBlock", "MMGPTGatedCrossAttentionBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load as every model of transformers; the tower's weights may have the names that open_clip gives them."""
+        kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
+        return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -56,10 +62,8 @@ class MMGPTPreTrainedModel(PreTrainedModel):
             for embeddings in (module.latents, module.frame_embs, module.media_time_embs):
                 if embeddings is not None:
                     init.normal_(embeddings)
-        elif hasattr(module, "class_embedding") and isinstance(module.class_embedding, nn.Parameter):
-            scale = module.class_embedding.shape[-1] ** -0.5  # as open_clip's VisionTransformer
-            init.normal_(module.class_embedding, std=scale)
-            init.normal_(module.positional_embedding, std=scale)
+        elif isinstance(module, MMGPTVisionTower):
+            module.initialize()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
