@@ -104,6 +104,10 @@ class MMGPTVisionConfig(PreTrainedConfig):
         _require_sizes(type(self).__name__, {name: getattr(self, name) for name in sizes})
         if self.patch_size > self.image_size:
             raise ValueError(f"A picture of {self.image_size} pixels holds no patch of {self.patch_size}.")
+        if self.width < self.head_width or self.width % (self.width // self.head_width):
+            raise ValueError(f"A width of {self.width} cannot be split into heads of {self.head_width}.")
+        if self.pos_embed_type not in ("learnable", "sin_cos_2d"):
+            raise ValueError(f"pos_embed_type is {self.pos_embed_type!r}; it can be 'learnable' or 'sin_cos_2d'.")
         super().__post_init__(**kwargs)
 
     @property

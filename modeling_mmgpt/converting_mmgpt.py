@@ -31,7 +31,7 @@ from .conditioning_mmgpt import decoder_layers
 from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
 from .modeling_mmgpt import MMGPTForConditionalGeneration
 from .old_files_mmgpt import read_weights
-from .vision_mmgpt import load_vision_tower
+from .vision_mmgpt import OPEN_CLIP_NAME, load_vision_tower
 
 
 logger = logging.get_logger(__name__)
@@ -46,6 +46,7 @@ RENAMES = (
     (r"^lang_encoder\.", "model.text_model."),
     (r"^perceiver\.", "model.resampler."),
     (r"^vision_encoder\.(visual\.)?", "model.vision_tower."),
+    OPEN_CLIP_NAME,
     (r"\.lora_([AB])\.default\.weight$", r".lora_\1.weight"),  # PEFT 0.3 -> the names of its files, and of PEFT 0.2
 )
 

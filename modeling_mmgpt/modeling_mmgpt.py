@@ -30,7 +30,7 @@ from .generation_mmgpt import MMGPTGenerationMixin, suppress_images
 from .images_mmgpt import compute_image_numbers, cross_attention_mask, plan_images
 from .packing_mmgpt import images_of_document, keep_documents_apart
 from .perceiver_mmgpt import PerceiverResampler
-from .vision_mmgpt import build_vision_tower, load_vision_tower, patch_tokens
+from .vision_mmgpt import KEY_MAPPING, MMGPTVisionTower, build_vision_tower, load_vision_tower, patch_tokens
 
 
 class Images(NamedTuple):
@@ -57,10 +57,16 @@ class MMGPTPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ResidualAttentionBlock", "MMGPTGatedCrossAttentionBlock"]
+    _no_split_modules = ["MMGPTVisionBlock", "MMGPTGatedCrossAttentionBlock"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load as every model of transformers; the tower's weights may have the names that open_clip gives them."""
+        kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
+        return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -69,10 +75,8 @@ class MMGPTPreTrainedModel(PreTrainedModel):
             for embeddings in (module.latents, module.frame_embs, module.media_time_embs):
                 if embeddings is not None:
                     init.normal_(embeddings)
-        elif hasattr(module, "class_embedding") and isinstance(module.class_embedding, nn.Parameter):
-            scale = module.class_embedding.shape[-1] ** -0.5  # as open_clip's VisionTransformer
-            init.normal_(module.class_embedding, std=scale)
-            init.normal_(module.positional_embedding, std=scale)
+        elif isinstance(module, MMGPTVisionTower):
+            module.initialize()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
