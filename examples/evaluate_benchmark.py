@@ -4,7 +4,7 @@
         --benchmark vqav2 --data data/vqav2 --shots 0 4 8 16 32 --output_dir outputs/vqav2
 
 `--data` is the benchmark's folder, files as downloaded (`processing_mmgpt/benchmarks_mmgpt.py` names them; the tiny
-world writes such folders: `python -m examples.tiny_world.benchmarks outputs/benchmarks`). Every number of examples is
+world writes such folders: `python examples/write_benchmarks.py outputs/benchmarks`). Every number of examples is
 scored once for each seed, which draws the examples. `predictions/SHOTS-SEED/` holds a line of JSON for each query.
 Killed and started again, with the same or another number of processes, it goes on where it was: at most the batches
 under way are lost, and the scores are the same. `scores.json` has the scores and the standard errors over the seeds.

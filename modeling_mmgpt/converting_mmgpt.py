@@ -29,8 +29,8 @@ from transformers.utils import logging
 
 from .conditioning_mmgpt import decoder_layers
 from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
+from .conversion.old_files import read_weights
 from .modeling_mmgpt import MMGPTForConditionalGeneration
-from .old_files_mmgpt import read_weights
 from .vision_mmgpt import load_vision_tower
 
 

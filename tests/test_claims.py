@@ -53,7 +53,7 @@ def test_a_claim_is_tuned_asked_and_written_and_not_run_twice(tmp_path, monkeypa
 
 def test_a_base_that_is_not_built_is_asked_for_before_anything_is_tuned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="build_base --media_attention following"):
+    with pytest.raises(SystemExit, match="build_base.py --media_attention following"):
         claims.prepare_bases({"joint (following)"})
 
 

@@ -29,8 +29,8 @@ from transformers.utils import logging as transformers_logging
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
 from modeling_mmgpt import converting_mmgpt as converting
 from modeling_mmgpt.conditioning_mmgpt import decoder_layers
+from modeling_mmgpt.conversion.old_files import read_weights
 from modeling_mmgpt.converting_mmgpt import convert_flamingo, convert_lora
-from modeling_mmgpt.old_files_mmgpt import read_weights
 from modeling_mmgpt.vision_mmgpt import patch_tokens
 
 

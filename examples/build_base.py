@@ -1,7 +1,7 @@
 """Build the base model of the tiny world from nothing: tokenizer, tower, resampler, gated blocks and LM.
 
-    python -m examples.tiny_world.build_base --output_dir outputs/base                  # one GPU, about 7 minutes
-    python -m examples.tiny_world.build_base --output_dir outputs/base --perceive_steps 20 --look_up_steps 20 \
+    python examples/build_base.py --output_dir outputs/base                  # one GPU, about 7 minutes
+    python examples/build_base.py --output_dir outputs/base --perceive_steps 20 --look_up_steps 20 \
         --batch_size 16                                                                 # a CPU, to see that it runs
 
 Two phases, both of documents of `corpus.py`. "perceive": mostly dense captions, from which the tower learns to see.
@@ -21,6 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tiny_world import corpus
+from tiny_world.language import CATEGORY, SPELLED_WORDS
+from tiny_world.scenes import COLOURS, SHAPES, SIDE
+from tiny_world.tokenizer import build_tokenizer
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import HfArgumentParser, LlamaConfig, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -29,11 +33,6 @@ from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisi
 from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
 from processing_mmgpt.collator_mmgpt import IGNORED
 from processing_mmgpt.processing_mmgpt import add_control_tokens, pad_rows
-
-from . import corpus
-from .language import CATEGORY, SPELLED_WORDS
-from .scenes import COLOURS, SHAPES, SIDE
-from .tokenizer import build_tokenizer
 
 
 GATE = 0.5  # a shut gate is right over a pretrained LM; from nothing, it makes perception three times slower
