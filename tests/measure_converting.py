@@ -31,7 +31,7 @@ VISION = "ViT-L-14-quickgelu"
 CHILD = """
 import resource
 from modeling_mmgpt import converting_mmgpt
-import open_clip, transformers.models.llama.modeling_llama
+import open_clip, processing_mmgpt, transformers.models.llama.modeling_llama
 bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 converting_mmgpt.main()
 print(bare, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
+from modeling_mmgpt.saving.whole import whole
+
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from claims_report import draw, tables
@@ -122,9 +124,8 @@ def run(name: str, seed: int, steps: int, count: int) -> dict[str, dict]:
     if not answers.exists():
         set_seed(seed)
         tune(arm.examples(seed, steps), seed, folder, arm.base, arm.passes)
-        unfinished = folder / "answers.part"
-        unfinished.write_text(json.dumps(arm.ask(folder / "adapter", seed, count)))
-        unfinished.rename(answers)
+        with whole(answers) as unfinished:
+            unfinished.write_text(json.dumps(arm.ask(folder / "adapter", seed, count)))
     return json.loads(answers.read_text())
 
 
