@@ -379,12 +379,13 @@ def hide(source: Path, secret: str, place: str, rng: random.Random) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"note": nested}))
     elif place == "vocabulary":
         contents = json.loads((source / "tokenizer.json").read_text())
-        (source / "tokenizer.json").write_text(json.dumps(contents | {"note": nested}))
+        contents["model"]["vocab"].append([rng.choice([secret, f"word {secret}", f"\n{secret}"]), 0.0])
+        (source / "tokenizer.json").write_text(json.dumps(contents))
     elif place == "template":
         with (source / "chat_template.jinja").open("a") as file:
             file.write(f"{{# {secret} #}}")
     elif place == "binary":
-        (source / "tokenizer.model").write_bytes(rng.randbytes(40) + b"\n" + secret.encode() + rng.randbytes(40))
+        (source / "tokenizer.model").write_bytes(rng.randbytes(40) + secret.encode() + rng.randbytes(40))
     elif place == "other file":
         (source / rng.choice(["tokenizer_notes.txt", ".env", "special_tokens_map.json.bak"])).write_text(secret)
     elif place == "name":

@@ -42,8 +42,8 @@ from modeling_mmgpt.decoding_mmgpt import sample_ahead
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from build_base import Collator, encode, forward, probe
 from tiny_world import corpus
+from tiny_world.documents import Collator, encode, forward, probe
 
 
 BASE = Path(__file__).parents[1] / "tiny_world" / "base"

@@ -28,7 +28,7 @@ from modeling_mmgpt.saving.whole import whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from claims_report import draw, tables
-from quickstart import BASE, BATCH, batches_of_like_length, evaluate, load, tune
+from quickstart import BASE, BATCH, batches_of_like_length, load, tune
 from tiny_world import evaluation, language, questions, sentences
 from tiny_world.dialogue import Example
 from tiny_world.mixture import MIXTURE, mixture
@@ -60,7 +60,7 @@ def short_answers(seed: int, steps: int, share: float) -> list[Example]:
 
 def ask_skills(adapter: Path, seed: int, count: int) -> dict[str, dict]:
     """What is right of each skill of the quickstart."""
-    return evaluate(adapter, seed, count, control_count=0)[0]
+    return evaluation.evaluate(*load(adapter), seed, count, control_count=0)[0]
 
 
 def ask_sentences(adapter: Path, seed: int, count: int) -> dict[str, dict]:

@@ -11,11 +11,11 @@ from safetensors import safe_open
 # Keys and tokens by the forms their issuers give them.
 SECRETS = {
     "a Hugging Face token": r"(hf|api_org)_[A-Za-z0-9]{30,}",
-    "an Anthropic key": r"(?<![A-Za-z0-9])sk-ant-[\w-]{20,}",
-    "an OpenAI key": r"(?<![A-Za-z0-9])sk-[\w-]{20,}",
+    "an Anthropic key": r"sk-ant-[\w-]{20,}",
+    "an OpenAI key": r"sk-(proj|svcacct|admin|or)-[\w-]{20,}|sk-[A-Za-z0-9]{20,}",
     "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{22,}",
     "a GitLab token": r"glpat-[\w-]{20,}",
-    "an AWS key": r"(AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])",
+    "an AWS key": r"(AKIA|ASIA)[A-Z0-9]{16}",
     "a Google key": r"AIza[\w-]{35}|ya29\.[\w-]{20,}",
     "a Slack token": r"xox[abeoprs]-[\w-]{10,}|hooks\.slack\.com/services/\w",
     "a Stripe key": r"[rs]k_(live|test)_[A-Za-z0-9]{16,}",
