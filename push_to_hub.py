@@ -14,10 +14,10 @@ these packages are not installed. An adapter whose base is only a folder on this
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -38,12 +38,16 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_mmgpt
 import processing_mmgpt
+from modeling_mmgpt.saving.leaks import check_folder, check_text
+from modeling_mmgpt.saving.whole import whole
 
 
+CARD = Path(__file__).with_name("model_card.jinja")
 # What is published, by name; nothing else is. The first of each must be there.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
-PROCESSOR_FILES = ("processor_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json")
+PROCESSOR_FILES = ("processor_config.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json")
+PROCESSOR_FILES += ("tokenizer.model", "special_tokens_map.json")
 CODE_FILES = ("*_mmgpt.py",)
 MODEL_AUTO_MAP = {
     "AutoConfig": "configuration_mmgpt.MMGPTConfig",
@@ -52,14 +56,6 @@ MODEL_AUTO_MAP = {
 }
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_mmgpt.MMGPTProcessor"}
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_mmgpt.MMGPTImageProcessor"}
-# Keys and tokens by the forms their issuers give them.
-SECRETS = {
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
-    "an OpenAI key": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "a GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{22,})",
-    "an AWS key": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
 
 
 def stage(
@@ -91,9 +87,7 @@ def stage(
         raise FileNotFoundError(f"{source} has neither adapter_config.json nor config.json: nothing to publish.")
     if report is None and (source / "report.json").is_file():
         report = source / "report.json"
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".staging-") as name:
-        folder = Path(name) / "folder"
+    with whole(staging) as folder:
         folder.mkdir()
         _copy(source, folder, PROCESSOR_FILES)
         facts = {"report": {} if report is None else json.loads(report.read_text()), "repo": repo}
@@ -105,19 +99,22 @@ def stage(
             facts |= _facts_of_base(str(source), None)
         facts["license"] = licence or facts["license"]
         _add_remote_code(folder)
-        _check(folder)
+        for config in folder.glob("*config.json"):
+            _update(config, _without_paths)
         write_card(folder, facts)
+        check_folder(folder, (Path.home(), Path.cwd(), source.resolve()))
         if staging.exists():
             shutil.rmtree(staging)
-        folder.rename(staging)
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files of these names; a folder of such a name stays behind, a link to elsewhere is an error."""
     if not list(source.glob(patterns[0])):
         raise FileNotFoundError(f"{source} has no {patterns[0]}.")
-    for pattern in patterns:
-        for file in source.glob(pattern):
-            shutil.copy2(file, target / file.name)
+    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+        if not file.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"{file.name} is a link out of {source}, to {file.resolve()}: put the file there.")
+        shutil.copy2(file, target / file.name)
 
 
 def _settle_base(folder: Path, repo: str, base_model: str | None, base_revision: str | None) -> dict:
@@ -132,9 +129,8 @@ def _settle_base(folder: Path, repo: str, base_model: str | None, base_revision:
         raise FileNotFoundError(f"The adapter's base {recorded} is not there; name its Hub id with --base-model.")
     else:
         name = base_model or recorded
-    _update(
-        folder / "adapter_config.json", lambda config: config.update(base_model_name_or_path=name, revision=revision)
-    )
+    named = {"base_model_name_or_path": name, "revision": revision}
+    _update(folder / "adapter_config.json", lambda config: config | named)
     facts = _facts_of_base(recorded if Path(recorded).is_dir() else name, revision)
     return facts | {"base": name, "base_revision": revision}
 
@@ -164,44 +160,27 @@ def _add_remote_code(folder: Path) -> None:
         for file in (module, *map(Path, get_relative_import_files(module))):
             shutil.copy2(file, folder / file.name)
     if (folder / "config.json").is_file():
-        _update(folder / "config.json", lambda config: config.update(auto_map=MODEL_AUTO_MAP))
+        _update(folder / "config.json", lambda config: config | {"auto_map": MODEL_AUTO_MAP})
 
-    def point(config: dict) -> None:
-        config["auto_map"] = PROCESSOR_AUTO_MAP
-        config["image_processor"]["auto_map"] = IMAGE_PROCESSOR_AUTO_MAP
+    def point(config: dict) -> dict:
+        image_processor = config["image_processor"] | {"auto_map": IMAGE_PROCESSOR_AUTO_MAP}
+        return config | {"auto_map": PROCESSOR_AUTO_MAP, "image_processor": image_processor}
 
     _update(folder / "processor_config.json", point)
 
 
-def _update(path: Path, change: Callable[[dict], None]) -> None:
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config, indent=2) + "\n")
+def _update(path: Path, change: Callable[[dict], dict]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2) + "\n")
 
 
-def _check(folder: Path) -> None:
-    """Let no secret out, and no path of this machine."""
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors":
-            continue
-        text = file.read_text()
-        for kind, pattern in SECRETS.items():
-            if re.search(pattern, text):
-                raise ValueError(f"{file.name} holds {kind}: nothing is published. Take it out, and revoke it.")
-    for name in ("config.json", "adapter_config.json", "processor_config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            _update(folder / name, _forget_paths)
-
-
-def _forget_paths(config: dict) -> None:
-    """Empty, at any depth, the names of parts that were folders here."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _forget_paths(value)
-        elif (
-            isinstance(value, str) and key.endswith("name_or_path") and (os.path.isabs(value) or os.path.isdir(value))
-        ):
-            config[key] = ""
+def _without_paths(value: object, name: str = "") -> object:
+    """A config, or a part of it that has this name, without the names of parts that were folders here."""
+    if isinstance(value, dict):
+        return {key: _without_paths(part, key) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(part, name) for part in value]
+    is_folder = isinstance(value, str) and (os.path.isabs(value) or os.path.isdir(value))
+    return "" if is_folder and name.endswith("name_or_path") else value
 
 
 def left_behind(source: Path, staging: Path) -> list[str]:
@@ -234,8 +213,10 @@ def upload(
     same commit; other files of the repository stay. The client shows its progress.
 
     Raises:
-        ValueError: If the repository shall be private, and is there already and public.
+        ValueError: If the repository shall be private, and is there already and public; if the message or the name of
+            the branch holds a secret.
     """
+    check_text("The message or the name of the branch", f"{message}\n{revision}")
     api = HfApi()
     api.create_repo(repo, private=private, exist_ok=True)
     if private and not api.model_info(repo).private:
@@ -250,20 +231,24 @@ def upload(
         for name in api.list_repo_files(repo, revision=revision)
         if name not in staged and any(Path(name).match(pattern) for pattern in ours) and "/" not in name
     ]
-    return api.create_commit(
-        repo,
-        [*additions, *map(CommitOperationDelete, stale)],
-        commit_message=message,
-        revision=revision,
-        create_pr=pull_request,
-    )
-
-
-# The card: what really happened, as far as the files say
+    try:
+        return api.create_commit(
+            repo,
+            [*additions, *map(CommitOperationDelete, stale)],
+            commit_message=message,
+            revision=revision,
+            create_pr=pull_request,
+        )
+    except BaseException as error:
+        error.add_note(
+            f"The upload to {repo} broke off. Its one commit is there whole or not at all: see "
+            f"{api.endpoint}/{repo}/commits/{revision or 'main'}. The same command again goes on."
+        )
+        raise
 
 
 def write_card(folder: Path, facts: dict) -> None:
-    """Write `README.md` for a staged folder.
+    """Write `README.md` for a staged folder, from `model_card.jinja`: what really happened, as far as the files say.
 
     Args:
         folder: The folder.
@@ -271,6 +256,7 @@ def write_card(folder: Path, facts: dict) -> None:
             `base` and `base_revision`.
     """
     repo, report, base = facts["repo"], facts["report"], facts.get("base")
+    results = _eval_results(report)
     data = ModelCardData(
         library_name="transformers" if base is None else "peft",
         license=facts["license"],
@@ -279,160 +265,55 @@ def write_card(folder: Path, facts: dict) -> None:
         pipeline_tag="image-text-to-text",
         tags=["mmgpt", "flamingo", *([] if base is None else ["lora"])],
         model_name=repo.split("/")[-1],
-        eval_results=_eval_results(report) or None,
+        eval_results=results or None,
     )
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {repo.split('/')[-1]}",
-        "A Flamingo-style vision-language model that holds a dialogue about pictures, made with mmgpt.",
-        *([] if base is None else _about_adapter(folder, facts)),
-        *([] if "merge" not in report else [_about_merge(report["merge"])]),
-        *_about_model(folder, facts),
-        _loading(facts),
-        *_about_training(report),
-        *_about_results(report),
-    ]
-    card = ModelCard("\n\n".join(parts) + "\n")  # parses the metadata, and raises if it cannot
+    processor = processing_mmgpt.MMGPTProcessor.from_pretrained(folder)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(CARD),
+        **facts,
+        name=repo.split("/")[-1],
+        adapter=None if base is None else _facts_of_adapter(folder),
+        prompt=processor.apply_chat_template(messages, add_generation_prompt=True),
+        packages=", ".join(f"{name} {version(name)}" for name in ("mmgpt", "transformers", "peft", "torch")),
+        results=results,
+        measured=[report[key] for key in ("protocol", "date", "machine", "versions") if key in report],
+    )
     card.save(folder / "README.md")
 
 
-def _about_adapter(folder: Path, facts: dict) -> list[str]:
+def _facts_of_adapter(folder: Path) -> dict:
+    """What the card says of an adapter's weights: how many, of which modules, and what is none of LoRA's."""
     config = json.loads((folder / "adapter_config.json").read_text())
     with safe_open(folder / "adapter_model.safetensors", "np") as weights:
         names = list(weights.keys())
-        count = sum(_size(weights.get_slice(name).get_shape()) for name in names)
-    adapted = sorted({found[1] for name in names if (found := re.search(r"\.\d+\.(?:\w+layer\.)?(.+)\.lora_A", name))})
-    others = sorted({name.removeprefix("base_model.model.") for name in names if ".lora_" not in name})
-    revision = "" if facts["base_revision"] is None else f" at commit `{facts['base_revision']}`"
-    where = "which is in this repository" if facts["base"] == facts["repo"] else f"`{facts['base']}`{revision}"
-    lines = [
-        f"It is a LoRA adapter (r = {config['r']}, alpha = {config['lora_alpha']}; {count:,} weights) of its base, "
-        f"{where}. Adapted: {', '.join(f'`{name}`' for name in adapted)}."
-    ]
-    if others:
-        lines.append(f"Trained as a whole: {', '.join(f'`{name}`' for name in others)}.")
-    return lines
-
-
-def _size(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _about_merge(merge: dict) -> str:
-    return (
-        f"Its LoRA adapter has been merged into the weights ({merge['dtype']}). On a probe with a picture the logits, "
-        f"of {merge['max_logit']:.1f} at most, differ from those of the adapter on its base by "
-        f"{merge['max_logit_difference']:.1e} at most."
-    )
-
-
-def _about_model(folder: Path, facts: dict) -> list[str]:
-    lines = []
-    if facts["media_attention"] is not None:
-        lines.append(f"Text attends to pictures in the mode `{facts['media_attention']}`.")
-    if facts["license"] is None:
-        lines.append("The base does not state a licence.")
-    processor = processing_mmgpt.MMGPTProcessor.from_pretrained(folder)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    lines.append(f"A question becomes this prompt:\n\n```\n{prompt}\n```")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("mmgpt", "transformers", "peft", "torch"))
-    lines.append(f"Published with {packages}.")
-    return lines
-
-
-def _loading(facts: dict) -> str:
-    text = LOADING.format(repo=facts["repo"])
-    if facts.get("base") not in (None, facts["repo"]):
-        pinned = "" if facts["base_revision"] is None else f', revision="{facts["base_revision"]}"'
-        text += LOADING_ON_BASE.format(repo=facts["repo"], base=facts["base"], pinned=pinned)
-    return text
-
-
-LOADING = """## How to load it
-
-With transformers alone (and peft, for an adapter); the code of the model comes from this repository:
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{repo}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
-content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is in the picture?"}}]
-messages = [{{"role": "user", "content": content}}]
-inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
-ids = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-As a pipeline:
-
-```python
-from transformers import pipeline
-
-pipe = pipeline("image-text-to-text", "{repo}", trust_remote_code=True)
-print(pipe(text=messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
-```
-
-With the package mmgpt installed, `import modeling_mmgpt, processing_mmgpt` takes the place of `trust_remote_code`."""
-
-LOADING_ON_BASE = """
-
-On the base that it was trained on, to the commit:
-
-```python
-from peft import PeftModel
-
-base = AutoModelForImageTextToText.from_pretrained("{base}"{pinned}, trust_remote_code=True)
-model = PeftModel.from_pretrained(base, "{repo}")
-```"""
-
-
-def _about_training(report: dict) -> list[str]:
-    lines = []
-    if "training" in report:
-        lines.append(", ".join(f"{name}: {value}" for name, value in report["training"].items()) + ".")
-    if "data" in report:
-        rows = "\n".join(f"| {name} | {count:,} |" for name, count in report["data"].items())
-        lines.append(f"| data | rows |\n|---|---|\n{rows}\n| in all | {sum(report['data'].values()):,} |")
-    return ["## Training", *lines] if lines else []
-
-
-def _measure(row: dict) -> str:
-    """The name of the metric of a row of results: what is neither its interval nor its count."""
-    return next(key for key in row if key not in ("low", "high", "n"))
+        count = sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    return {
+        "r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "count": count,
+        "adapted": sorted({m[1] for name in names if (m := re.search(r"\.\d+\.(?:\w+layer\.)?(.+)\.lora_A", name))}),
+        "others": sorted({name.removeprefix("base_model.model.") for name in names if ".lora_" not in name}),
+    }
 
 
 def _eval_results(report: dict) -> list[EvalResult]:
-    dataset = report.get("dataset", "own questions")
-    return [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=dataset.lower().replace(" ", "-"),
-            dataset_name=dataset,
-            dataset_config=name,
-            metric_type=_measure(row),
-            metric_value=row[_measure(row)],
+    """The rows of results; the metric of a row is what is neither its interval nor its count."""
+    dataset, results = report.get("dataset", "own questions"), []
+    for name, row in report.get("skills", {}).items():
+        metric = next(key for key in row if key not in ("low", "high", "n"))
+        results.append(
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=dataset.lower().replace(" ", "-"),
+                dataset_name=dataset,
+                dataset_config=name,
+                metric_type=metric,
+                metric_value=row[metric],
+            )
         )
-        for name, row in report.get("skills", {}).items()
-    ]
-
-
-def _about_results(report: dict) -> list[str]:
-    """The table of results, with how they were measured."""
-    if "skills" not in report:
-        return []
-    measured = [report[key] for key in ("protocol", "date", "machine", "versions") if key in report]
-    lines = ["## Results", "; ".join(measured) + "." if measured else "The report does not say how."]
-    if "command" in report:
-        lines.append(f"```\n{report['command']}\n```")
-    rows = ["| on | metric | value | 95 % interval | questions |", "|---|---|---|---|---|"]
-    for name, row in report["skills"].items():
-        interval = f"{row['low']:.4g} .. {row['high']:.4g}" if "low" in row else ""
-        rows.append(f"| {name} | {_measure(row)} | {row[_measure(row)]:.4g} | {interval} | {row.get('n', '')} |")
-    return [*lines, "\n".join(rows)]
+    return results
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ Ctrl-C        stop the reply and take its question back, its pictures stay for t
 import argparse
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from transformers.processing_utils import ProcessorMixin
 
 import processing_mmgpt  # noqa: F401 - for the Auto classes
+from modeling_mmgpt.saving.whole import whole
 from processing_mmgpt.pictures_mmgpt import open_picture
 
 
@@ -60,9 +60,8 @@ def save(messages: list[dict], path: Path) -> None:
         raise ValueError("Nothing has been said yet.")
     images = [part["path"] for message in messages for part in message["content"] if part["type"] == "image"]
     record = {"messages": [{**said, "content": [bare(part) for part in said["content"]]} for said in messages]}
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps({**record, "images": images}, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps({**record, "images": images}, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:

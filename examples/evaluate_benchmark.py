@@ -4,7 +4,7 @@
         --benchmark vqav2 --data data/vqav2 --shots 0 4 8 16 32 --output_dir outputs/vqav2
 
 `--data` is the benchmark's folder, files as downloaded (`processing_mmgpt/benchmarks_mmgpt.py` names them; the tiny
-world writes such folders: `python -m examples.tiny_world.benchmarks outputs/benchmarks`). Every number of examples is
+world writes such folders: `python examples/write_benchmarks.py outputs/benchmarks`). Every number of examples is
 scored once for each seed, which draws the examples. `predictions/SHOTS-SEED/` holds a line of JSON for each query.
 Killed and started again, with the same or another number of processes, it goes on where it was: at most the batches
 under way are lost, and the scores are the same. `scores.json` has the scores and the standard errors over the seeds.
@@ -24,6 +24,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel
 
+from modeling_mmgpt.saving.whole import whole
 from modeling_mmgpt.vision_mmgpt import pooled_features
 from processing_mmgpt import MMGPTProcessor
 from processing_mmgpt.benchmarks_mmgpt import (
@@ -138,10 +139,10 @@ def drop_torn_line(path: Path) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-def write(path: Path, text: str) -> None:
+def write_json(path: Path, contents: dict) -> None:
     """Write a file whole or not at all."""
-    path.with_suffix(".new").write_text(text, encoding="utf-8")
-    path.with_suffix(".new").rename(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 # The whole
@@ -204,7 +205,7 @@ def check_same_run(args: argparse.Namespace) -> None:
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("shots", "seeds", "output_dir")}
     path = args.output_dir / "settings.json"
     if not path.exists():
-        write(path, json.dumps(settings, indent=2) + "\n")
+        write_json(path, settings)
     if (noted := json.loads(path.read_text())) != settings:
         differ = {key: (noted.get(key), value) for key, value in settings.items() if noted.get(key) != value}
         raise SystemExit(f"{args.output_dir} holds predictions of another run; (there, here): {differ}.")
@@ -272,7 +273,7 @@ def main() -> None:
         table[shots] = {name: summary([run[name] for run in runs]) for name in runs[0]}
         state.print(f"{shots} shots:", *(f"{name} {row['mean']:.2f}" for name, row in table[shots].items()))
     if state.is_main_process:
-        write(args.output_dir / "scores.json", json.dumps(table, indent=2) + "\n")
+        write_json(args.output_dir / "scores.json", table)
 
 
 if __name__ == "__main__":

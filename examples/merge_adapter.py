@@ -11,7 +11,6 @@ logits to the adapter on its base, on a probe with a picture, is printed, and ke
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import processing_mmgpt  # noqa: F401 - for the Auto classes
+from modeling_mmgpt.saving.whole import whole
 from modeling_mmgpt.speed.fusing import fuse_projections
 
 
@@ -91,13 +91,10 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, report: dict, output
     A model that was quantised cannot go back to the format of its checkpoint, which was bitsandbytes' (transformers
     5.23 would try).
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merging-") as name:
-        folder = Path(name) / "merged"
+    with whole(output) as folder:
         model.save_pretrained(folder, save_original_format=not dequantized)
         processor.save_pretrained(folder)
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        folder.rename(output)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from tiny_world import evaluation
 from tiny_world.dialogue import Example
-from tiny_world.mixture import example, mixture
+from tiny_world.mixture import mixture
 from tiny_world.pictures import draw_answers
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -28,9 +28,6 @@ from processing_mmgpt import MMGPTCollator
 
 BASE = Path(__file__).with_name("tiny_world") / "base"
 BATCH = 32
-SEEN = ("colour", "shape", "size", "position", "count", "count_colour", "yes_no", "text_colour", "second_turn")
-SEEN += ("reading", "digits", "unseen_pairs")  # with a picture, and one kind of answer: those that have controls
-OTHER = ("caption", "two_pictures", "three_turns", "sums", "differences", "sorting", "copying", "facts")
 
 
 def batches_of_like_length(examples: list[Example], seed: int) -> list[Example]:
@@ -98,45 +95,6 @@ def load(adapter: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     return model, AutoProcessor.from_pretrained(adapter)
 
 
-def evaluate(adapter: Path, seed: int, count: int, control_count: int) -> tuple[dict, dict, list]:
-    """Load the adapter and ask it.
-
-    Returns:
-        `skills`, `controls`, and some examples with their replies.
-    """
-    model, processor = load(adapter)
-    skills, controls, shown = {}, {}, []
-    for skill in (*SEEN, *OTHER):
-        examples = [example(skill, seed, index, "test") for index in range(count)]
-        replies = evaluation.answer(model, processor, examples, skill)
-        skills[skill] = evaluation.score(examples, replies)
-        shown.append((examples[0], replies[0]))
-        if skill in SEEN and control_count:
-            examples = examples[:control_count]
-            views = {
-                "blank": evaluation.with_blank_pictures(examples),
-                "swapped": evaluation.with_swapped_pictures(examples),
-            }
-            controls[skill] = {
-                name: evaluation.score(changed, evaluation.answer(model, processor, changed, f"{skill}, {name}"))
-                for name, changed in views.items()
-            }
-            controls[skill]["prior"] = evaluation.prior(examples)
-    return skills, controls, shown
-
-
-def print_table(skills: dict, controls: dict) -> None:
-    """Print what was right, in percent, beside what chance would give."""
-    print(f"{'skill':<14}{'right':>7}  {'95 % interval':<15}{'blank':>7}{'(most':>7}{'swapped':>9}{'(chance':>8}")
-    for name, row in skills.items():
-        line = f"{name:<14}{row['accuracy']:>7.1%}  {row['low']:>6.1%} .. {row['high']:<6.1%}"
-        if name in controls:
-            blank, swapped, prior = (controls[name][key] for key in ("blank", "swapped", "prior"))
-            line += f"{blank['accuracy']:>6.1%}{prior['majority']:>7.1%}){swapped['accuracy']:>8.1%}"
-            line += f"{prior['collision']:>7.1%})"
-        print(line)
-
-
 def main() -> None:
     """Tune, load, ask, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -151,8 +109,10 @@ def main() -> None:
     examples = [mixture(args.seed, index) for index in range(args.steps * BATCH)]
     tune(batches_of_like_length(examples, args.seed), args.seed, args.output_dir)
     print(f"tuned after {time.perf_counter() - start:.0f} s")
-    skills, controls, shown = evaluate(args.output_dir / "adapter", args.seed, args.count, args.control_count)
-    print_table(skills, controls)
+    skills, controls, shown = evaluation.evaluate(
+        *load(args.output_dir / "adapter"), args.seed, args.count, args.control_count
+    )
+    evaluation.print_table(skills, controls)
     draw_answers(shown, args.output_dir / "answers.png")
     report = {
         "seconds": round(time.perf_counter() - start, 1),

@@ -1,14 +1,11 @@
-"""Old checkpoints become MMGPT models: OpenFlamingo 1 and 2, and the LoRA adapters of Multimodal-GPT.
+r"""Old checkpoints become MMGPT models: OpenFlamingo 1 and 2, and the LoRA adapters of Multimodal-GPT.
 
-    python -m modeling_mmgpt.converting_mmgpt flamingo --help
-    python -m modeling_mmgpt.converting_mmgpt lora --help
+    python -m modeling_mmgpt.converting_mmgpt flamingo checkpoint.pt llama-7b outputs/openflamingo-9b \
+        --cross_attn_every_n_layers 4 --media_attention following
+    python -m modeling_mmgpt.converting_mmgpt lora mmgpt-lora-v0-release.pt outputs/openflamingo-9b outputs/mmgpt
 
-These make the folder of a model or an adapter. `examples/convert_checkpoint.py` puts its processor beside it, and
-`docs/old_checkpoints.md` says what each released checkpoint needs.
-
-Every key of an old file is used, known to be redundant, or an error. Nothing in a file is ever run. The old names:
-https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/src/flamingo.py,
-https://github.com/open-mmlab/Multimodal-GPT/blob/main/mmgpt/train/train_utils.py.
+leave folders that `AutoModel` and `AutoProcessor` load; `docs/old_checkpoints.md` says what each released checkpoint
+needs. Every key of an old file is used, known to be redundant, or an error. Nothing in a file is ever run.
 
 Not part of the remote code. Letters: `V` vocabulary, `D` width, `r` rank.
 """
@@ -16,60 +13,19 @@ Not part of the remote code. Letters: `V` vocabulary, `D` width, `r` rank.
 import argparse
 import json
 import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, AutoProcessor
 
-from .conditioning_mmgpt import decoder_layers
-from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
+from .configuration_mmgpt import MMGPTConfig
+from .conversion.fitting import block_sizes, check_lora, fill, resampler_sizes
+from .conversion.names import add_head, rename
+from .conversion.old_files import read_weights
+from .conversion.parts import load_language_model, load_tower, resize_vocabulary
 from .modeling_mmgpt import MMGPTForConditionalGeneration
-from .old_files_mmgpt import read_weights
-from .vision_mmgpt import OPEN_CLIP_NAME, load_vision_tower
-
-
-logger = logging.get_logger(__name__)
-
-# Old name -> new name, every rule applied in this order; {layers} and {head} are the paths in the LM.
-RENAMES = (
-    (r"^module\.", ""),  # DistributedDataParallel
-    (r"^lang_encoder\.base_model\.model\.", "lang_encoder."),  # PEFT
-    (r"^lang_encoder\.gated_cross_attn_layers\.(\d+)\.", r"lang_encoder.{layers}.\1.gated_cross_attn_layer."),  # alias
-    (r"^lang_encoder\.old_decoder_blocks\.(\d+)\.", r"lang_encoder.{layers}.\1.decoder_layer."),  # alias
-    (r"^lang_encoder\.(embed_out|lm_head)\.", "lang_encoder.{head}."),  # GPT-NeoX has had both
-    (r"^lang_encoder\.", "model.text_model."),
-    (r"^perceiver\.", "model.resampler."),
-    (r"^vision_encoder\.(visual\.)?", "model.vision_tower."),
-    OPEN_CLIP_NAME,
-    (r"\.lora_([AB])\.default\.weight$", r".lora_\1.weight"),  # PEFT 0.3 -> the names of its files, and of PEFT 0.2
-)
-
-# New names that nobody needs: buffers that transformers <= 4.30 saved, and open_clip's projection.
-REDUNDANT = (
-    r"\.decoder_layer\.[a-z_]+\.rotary_emb\.inv_freq$",
-    r"\.decoder_layer\.(attention|attn)\.(bias|masked_bias)$",
-    r"^model\.vision_tower\.proj$",
-)
-
-# Fields of an MPT config that transformers' MPT does not read, and the one value each has there.
-# https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mpt/modeling_mpt.py
-MPT_FIXED = {
-    "qk_ln": False,
-    "attn_qk_ln": False,  # its name in the 1B models
-    "alibi": True,
-    "alibi_bias_max": 8,
-    "attn_type": "multihead_attention",
-    "prefix_lm": False,
-    "no_bias": True,
-    "expansion_ratio": 4,
-    "logit_scale": None,
-}
+from .saving.whole import check_free, whole
 
 
 def convert_flamingo(
@@ -130,14 +86,13 @@ def convert_flamingo(
             f"{checkpoint} is no OpenFlamingo checkpoint: expected `perceiver.latents` and others, found "
             f"{sorted(weights)[:5]}."
         )
-    _reject_mpt(language_model)
-    text_model = _load_language_model(language_model, dtype)
-    found = _rename(weights, text_model)
+    text_model = load_language_model(language_model, dtype)
+    found = rename(weights, text_model)
     if lm_head is not None:
-        _add_head(found, lm_head, text_model)
+        add_head(found, lm_head, text_model)
     ids = {"image": image_token_id, "end_of_chunk": end_of_chunk_token_id, "pad": pad_token_id}
-    _resize_vocabulary(text_model, found, ids)
-    tower_weights, tower_config = _load_tower(vision_tower, vision_config, vision_post_norm, text_model.dtype)
+    resize_vocabulary(text_model, found, ids)
+    tower_weights, tower_config = load_tower(vision_tower, vision_config, vision_post_norm, text_model.dtype)
     model = MMGPTForConditionalGeneration.from_vision_text_pretrained(
         tower_weights,
         text_model,
@@ -148,10 +103,10 @@ def convert_flamingo(
         dtype=dtype,
         cross_attn_every_n_layers=cross_attn_every_n_layers,
         media_attention=media_attention,
-        resampler={**_resampler_sizes(found), **(resampler or {})},
-        cross_attention={**_block_sizes(found), **(cross_attention or {})},
+        resampler={**resampler_sizes(found), **(resampler or {})},
+        cross_attention={**block_sizes(found), **(cross_attention or {})},
     )
-    _fill(model, found, checkpoint)
+    fill(model, found, checkpoint)
     return model.eval()
 
 
@@ -188,8 +143,8 @@ def convert_lora(
         raise ValueError(f"{base} is a {config.model_type!r}, no MMGPT model: convert the checkpoint it is for first.")
     with torch.device("meta"):
         model = MMGPTForConditionalGeneration(config)
-    found = _rename(weights, model.model.text_model)
-    pattern, rank = _check_lora(found, model, lora_checkpoint)
+    found = rename(weights, model.model.text_model)
+    pattern, rank = check_lora(found, model, lora_checkpoint)
     adapter = peft.LoraConfig(
         r=rank,
         lora_alpha=lora_alpha,
@@ -198,244 +153,11 @@ def convert_lora(
         base_model_name_or_path=str(Path(base).resolve() if Path(base).exists() else base),
         inference_mode=True,
     )
-    with new_folder(output_dir) as folder:
+    with whole(output_dir) as folder:
         adapter.save_pretrained(folder)
         tensors = {f"base_model.model.{name}": tensor for name, (_, tensor) in found.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return Path(output_dir)
-
-
-def _rename(weights: dict[str, torch.Tensor], text_model: PreTrainedModel) -> dict[str, tuple[str, torch.Tensor]]:
-    """Give every weight its new name.
-
-    Returns:
-        New name -> old name and tensor. Aliases and tied weights meet under one name.
-
-    Raises:
-        ValueError: If two that meet differ.
-    """
-    layers = _name_of(text_model, decoder_layers(text_model))
-    head = _name_of(text_model, text_model.get_output_embeddings())
-    rules = [(old, new.replace("{layers}", layers).replace("{head}", head)) for old, new in RENAMES]
-    tied = {
-        f"model.text_model.{key}": f"model.text_model.{to}" for key, to in text_model.all_tied_weights_keys.items()
-    }
-    has_clip = any(re.match(r"(module\.)?vision_encoder\.visual\.", key) for key in weights)
-    found = {}
-    for old, tensor in weights.items():
-        if has_clip and re.match(r"(module\.)?vision_encoder\.(?!visual\.)", old):
-            continue  # CLIP's text tower
-        name = old
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        _add(found, tied.get(name, name), old, tensor)
-    return found
-
-
-def _add(found: dict[str, tuple[str, torch.Tensor]], name: str, old: str, tensor: torch.Tensor) -> None:
-    """Enter a weight; a second one of the same name has to be equal to the first."""
-    other, first = found.setdefault(name, (old, tensor))
-    same = first.data_ptr() == tensor.data_ptr() and first.shape == tensor.shape
-    if not same and not torch.equal(first, tensor):
-        raise ValueError(f"{other!r} and {old!r} are two names of one weight, {name!r}, and differ.")
-
-
-def _add_head(
-    found: dict[str, tuple[str, torch.Tensor]], path: str | os.PathLike, text_model: PreTrainedModel
-) -> None:
-    """Enter the LM head of a file of its own."""
-    head, _ = read_weights(path)
-    if len(head) != 1:
-        raise ValueError(f"{path} holds {sorted(head)[:5]}; expected the LM head, one tensor, alone.")
-    name = _name_of(text_model, text_model.get_output_embeddings())
-    if text_model.config.tie_word_embeddings:
-        name = _name_of(text_model, text_model.get_input_embeddings())
-    ((old, tensor),) = head.items()
-    _add(found, f"model.text_model.{name}.weight", old, tensor)
-
-
-def _name_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def _load_language_model(language_model: str | os.PathLike, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load the LM, every weight of it: transformers would draw those that its files lack, and warn.
-
-    Raises:
-        ValueError: If files and config do not fit each other.
-    """
-    try:
-        text_model, report = AutoModelForCausalLM.from_pretrained(
-            language_model, dtype=dtype or "auto", output_loading_info=True
-        )
-    except (OSError, ValueError):  # transformers' own sentences
-        raise
-    except Exception as error:  # a config that lies leads anywhere
-        raise ValueError(f"{language_model} cannot be loaded: its config and its weights do not fit.") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(
-            f"{language_model} lacks {len(missing)} weights that its config speaks of, first {missing[:5]}."
-        )
-    return text_model
-
-
-def _reject_mpt(language_model: str | os.PathLike) -> None:
-    """Raise by name on what transformers' MPT would silently compute otherwise."""
-    config, _ = PreTrainedConfig.get_config_dict(language_model)
-    if config.get("model_type") not in ("mpt", "mosaic_gpt"):
-        return
-    fields = {**config, **(config.get("attn_config") or {})}
-    wrong = {key: fields[key] for key, value in MPT_FIXED.items() if fields.get(key, value) != value}
-    if wrong:
-        expected = {key: MPT_FIXED[key] for key in wrong}
-        raise ValueError(f"{language_model} is an MPT with {wrong}; transformers' MPT is built with {expected} only.")
-
-
-def _resize_vocabulary(text_model: PreTrainedModel, found: dict, ids: dict[str, int | None]) -> None:
-    """Give the LM the rows of the checkpoint's embedding; new rows of a head that is not in it become the mean."""
-    name = f"model.text_model.{_name_of(text_model, text_model.get_input_embeddings())}.weight"
-    if name not in found:
-        given = [old for old, _ in found.values() if "lang_encoder" in old]
-        raise ValueError(
-            f"The checkpoint holds no {_old_name(name)!r}, the embedding of {type(text_model).__name__}: it is of "
-            f"another LM. Its keys begin with {given[:5]}."
-        )
-    rows, before = _matrix_shape(found, name)[0], text_model.get_input_embeddings().num_embeddings
-    outside = {f"{key}_token_id": value for key, value in ids.items() if value is not None and not 0 <= value < rows}
-    if outside:
-        raise ValueError(f"{outside} lie outside the vocabulary of the checkpoint, which has {rows} rows.")
-    text_model.resize_token_embeddings(rows, mean_resizing=False)
-    head = text_model.get_output_embeddings()
-    head_name = f"model.text_model.{_name_of(text_model, head)}.weight"
-    if rows > before and head_name not in found and not text_model.config.tie_word_embeddings:
-        with torch.no_grad():
-            head.weight[before:] = head.weight[:before].mean(dim=0, dtype=torch.float32)
-        logger.warning(
-            f"The checkpoint does not hold the LM head's rows {before} to {rows - 1}, of the added tokens: they are "
-            "set to the mean of the others. Give `lm_head` if you have them."
-        )
-
-
-def _load_tower(
-    vision_tower: str | os.PathLike, vision_config: str | dict, post_norm: bool, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], MMGPTVisionConfig]:
-    """Read the tower's weights, as `dtype`, and its config with `post_norm`."""
-    vision = str(vision_tower)
-    if Path(vision).is_file() or vision.endswith((".safetensors", ".pt", ".bin")):
-        vision, _ = read_weights(vision)
-    elif not isinstance(vision_config, str):
-        raise ValueError(f"{vision!r} is no file, and as a pretrained tag it needs the open_clip name of its model.")
-    tower, config = load_vision_tower(vision, vision_config)
-    config.post_norm = post_norm
-    return tower.to(dtype).state_dict(), config
-
-
-def _resampler_sizes(found: dict) -> dict[str, int]:
-    """Read off the checkpoint what its shapes tell of the resampler; heads are not among it."""
-    shapes = _shapes(found, "model.resampler.")
-    num_latents, width = _matrix_shape(found, "model.resampler.latents")
-    layers = [int(key.split(".")[1]) for key in shapes if key.startswith("layers.")]
-    sizes = {"depth": 1 + max(layers, default=0), "num_latents": num_latents}
-    if "layers.0.1.1.weight" in shapes:
-        sizes["ff_mult"] = _matrix_shape(found, "model.resampler.layers.0.1.1.weight")[0] // width
-    for key, embeddings in (("max_num_frames", "frame_embs"), ("max_num_images", "media_time_embs")):
-        if shapes.get(embeddings):  # not of a single number
-            sizes[key] = shapes[embeddings][0]
-    return sizes
-
-
-def _block_sizes(found: dict) -> dict[str, int]:
-    """Likewise of the gated blocks."""
-    up = next((name for name in found if name.endswith("gated_cross_attn_layer.ff.1.weight")), None)
-    if up is None:
-        return {}
-    inner, width = _matrix_shape(found, up)
-    return {"ff_mult": inner // width}
-
-
-def _matrix_shape(found: dict, name: str) -> torch.Size:
-    """Shape of a weight that sizes are read off."""
-    if name not in found:
-        raise ValueError(f"The checkpoint holds no {_old_name(name)!r}.")
-    old, tensor = found[name]
-    if tensor.dim() != 2 or 0 in tensor.shape:
-        raise ValueError(f"{old!r} of the checkpoint is {tuple(tensor.shape)}; expected a matrix.")
-    return tensor.shape
-
-
-def _shapes(found: dict, prefix: str) -> dict[str, torch.Size]:
-    return {name[len(prefix) :]: tensor.shape for name, (_, tensor) in found.items() if name.startswith(prefix)}
-
-
-def _fill(model: MMGPTForConditionalGeneration, found: dict, path: str | os.PathLike) -> None:
-    """Copy the weights into the model, if every one of them has its place and none is wanting.
-
-    Required are the resampler, the gated blocks and the input embedding; the LM's and the tower's own weights are laid
-    over those of their files where the checkpoint has them.
-    """
-    expected = model.state_dict()
-    layers = {name.partition(".decoder_layer.")[0] for name in expected}
-    embedding = _name_of(model, model.get_input_embeddings())
-    used = {name: entry for name, entry in found.items() if name in expected}
-    left = {name: entry for name, entry in found.items() if name not in expected and not _redundant(name, layers)}
-    required = [
-        name
-        for name in expected
-        if name.startswith("model.resampler.") or ".gated_cross_attn_layer." in name or name == f"{embedding}.weight"
-    ]
-    _complain(
-        path,
-        _describe(model.config),
-        missing=[_old_name(name) for name in required if name not in found],
-        unexpected=[old for old, _ in left.values()],
-        shapes={old: (tensor.shape, expected[name].shape) for name, (old, tensor) in used.items()},
-    )
-    with torch.no_grad():
-        for name, (_, tensor) in logging.tqdm(used.items(), desc="Converting", unit="tensor"):
-            expected[name].copy_(tensor)
-
-
-def _redundant(name: str, layers: set[str]) -> bool:
-    """Whether a weight may be left; a layer's, only if the model has that layer."""
-    layer, found, _ = name.partition(".decoder_layer.")
-    return any(re.search(pattern, name) for pattern in REDUNDANT) and (not found or layer in layers)
-
-
-def _complain(
-    path: str | os.PathLike,
-    expected: str,
-    missing: list[str],
-    unexpected: list[str],
-    shapes: dict[str, tuple[torch.Size, torch.Size]],
-) -> None:
-    """Raise if keys do not fit, naming the first five of each kind."""
-    reshaped = [
-        f"{key} is {tuple(found)}, expected {tuple(wanted)}"
-        for key, (found, wanted) in shapes.items()
-        if found != wanted
-    ]
-    kinds = {"missing": missing, "not expected": unexpected, "of another shape": reshaped}
-    if any(kinds.values()):
-        listed = "; ".join(f"{len(keys)} {kind}, first {keys[:5]}" for kind, keys in kinds.items() if keys)
-        raise ValueError(f"{path} does not fit: {listed}. Expected: {expected}.")
-
-
-def _describe(config: MMGPTConfig) -> str:
-    text, every = config.text_config, config.cross_attn_every_n_layers
-    blocks = list(range(every - 1, text.num_hidden_layers, every))
-    resampler, cross_attention = config.resampler, config.cross_attention
-    return (
-        f"{text.model_type} with {text.num_hidden_layers} layers of width {text.hidden_size} and blocks before layers "
-        f"{blocks} (cross_attn_every_n_layers={every}) of {cross_attention['num_heads']} heads x "
-        f"{cross_attention['head_dim']}; tower of width {config.vision_config.hidden_size}; resampler of "
-        f"{resampler['num_heads']} heads x {resampler['head_dim']}"
-    )
-
-
-def _old_name(name: str) -> str:
-    """Put a new name back as it is in a flat checkpoint."""
-    return name.replace("model.resampler.", "perceiver.").replace("model.text_model.", "lang_encoder.")
 
 
 def _lora_alpha(path: str | os.PathLike, settings: dict, given: float | None) -> float:
@@ -448,88 +170,67 @@ def _lora_alpha(path: str | os.PathLike, settings: dict, given: float | None) ->
     return own if given is None else given
 
 
-def _check_lora(found: dict, model: MMGPTForConditionalGeneration, path: str | os.PathLike) -> tuple[str, int]:
-    """Look whether a LoRA fits the base.
+def _flamingo(checkpoint: str, language_model: str, output_dir: str, dtype: str | None, **options) -> None:
+    """Convert a checkpoint and save it with its processor, whose tokenizer says the ids of the control tokens."""
+    from processing_mmgpt import MMGPTProcessor  # text: none of this package's business but here
 
-    Returns:
-        The pattern of `target_modules`, which matches exactly the adapted modules, and the rank.
-    """
-    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    names = {name.rpartition(".lora_")[0] for name in found} & set(weights)
-    pattern = _target_pattern(names)
-    rank = min((tensor.shape[0] for name, (_, tensor) in found.items() if ".lora_A." in name), default=0)
-    wanted = {}
-    for name in (name for name in weights if re.fullmatch(pattern, name)):
-        out_features, in_features = weights[name].shape
-        wanted[f"{name}.lora_A.weight"] = torch.Size([rank, in_features])
-        wanted[f"{name}.lora_B.weight"] = torch.Size([out_features, rank])
-    _complain(
-        path,
-        f"lora_A and lora_B of one rank for {_describe(model.config)}",
-        missing=[_old_name(name).replace(".", ".base_model.model.", 1) for name in wanted if name not in found],
-        unexpected=[old for name, (old, _) in found.items() if name not in wanted] + ([] if found else ["(no key)"]),
-        shapes={old: (tensor.shape, wanted[name]) for name, (old, tensor) in found.items() if name in wanted},
+    check_free(output_dir)
+    if options["vision_config"].endswith(".json"):
+        options["vision_config"] = json.loads(Path(options["vision_config"]).read_text())
+    processor = MMGPTProcessor.from_vision_text_pretrained(
+        None, language_model, vision_config=options["vision_config"]
     )
-    return pattern, rank
+    model = convert_flamingo(
+        checkpoint,
+        language_model,
+        image_token_id=processor.image_token_id,
+        end_of_chunk_token_id=processor.end_of_chunk_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        dtype=dtype and getattr(torch, dtype),
+        **options,
+    )
+    with whole(output_dir) as folder:
+        model.save_pretrained(folder, max_shard_size="5GB")
+        processor.save_pretrained(folder)
 
 
-def _target_pattern(names: set[str]) -> str:
-    """Match modules by what they are called in their layer, as [`~modeling_mmgpt.adapters_mmgpt.lora_config`]."""
-    targets = {re.sub(r"^.*?\.\d+\.", "", name) for name in names}
-    return rf"model\.text_model\..*\.({'|'.join(re.escape(target) for target in sorted(targets))})"
+def _lora(lora_checkpoint: str, base: str, output_dir: str, lora_alpha: float | None) -> None:
+    """Convert an adapter for a base that `flamingo` made, and save it with the processor of the base."""
+    import processing_mmgpt  # noqa: F401 - for AutoProcessor
 
-
-def check_free(path: str | os.PathLike) -> None:
-    """Look before a long work whether its folder can be made.
-
-    Raises:
-        FileExistsError: If something stands there.
-    """
-    if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
-        raise FileExistsError(f"{path} exists already: give a new folder.")
-
-
-@contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a folder that takes its name only if all went well, and else disappears."""
-    path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    check_free(output_dir)
+    processor = AutoProcessor.from_pretrained(base)
+    with whole(output_dir) as folder:
+        convert_lora(lora_checkpoint, base, folder, lora_alpha)
+        processor.save_pretrained(folder)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_mmgpt.converting_mmgpt", description=__doc__.split("\n")[0]
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     flamingo = commands.add_parser("flamingo", help="an OpenFlamingo checkpoint, 1 or 2 -> a model folder")
+    flamingo.set_defaults(run=_flamingo)
     flamingo.add_argument("checkpoint", help="checkpoint.pt")
-    flamingo.add_argument("language_model", help="folder or Hub id of the LM, original vocabulary")
-    flamingo.add_argument("vision_tower", help="open_clip state dict (.safetensors, .pt) or pretrained tag: openai")
-    flamingo.add_argument("vision_config", help="open_clip model name, ViT-L-14-quickgelu, or a .json of its config")
+    flamingo.add_argument("language_model", help="folder or Hub id of the LM it was trained on, with its tokenizer")
     flamingo.add_argument("output_dir", help="the folder to make")
-    flamingo.add_argument("--cross_attn_every_n_layers", type=int, required=True)
+    flamingo.add_argument("--cross_attn_every_n_layers", type=int, required=True, help="9B: 4, 4B: 2, 3B: 1")
     flamingo.add_argument(
         "--media_attention",
         required=True,
         choices=["preceding", "all_preceding", "following"],
         help="following: OpenFlamingo 1 and Multimodal-GPT; preceding: OpenFlamingo 2",
     )
-    flamingo.add_argument("--image_token_id", type=int, required=True)
-    flamingo.add_argument("--end_of_chunk_token_id", type=int, required=True)
-    flamingo.add_argument("--pad_token_id", type=int)
+    flamingo.add_argument("--vision_tower", default="openai", help="open_clip pretrained tag, or file of a state dict")
+    flamingo.add_argument("--vision_config", default="ViT-L-14-quickgelu", help="open_clip model name, or a .json")
     flamingo.add_argument("--resampler", type=json.loads, help='JSON, such as {"num_heads": 4, "head_dim": 16}')
     flamingo.add_argument("--cross_attention", type=json.loads, help="likewise")
     flamingo.add_argument("--vision_post_norm", action="store_true", help="trained with open_clip >= 2.23")
     flamingo.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the LM")
     flamingo.add_argument("--lm_head", help="file with the LM head, rows of the added tokens included")
     lora = commands.add_parser("lora", help="a LoRA of Multimodal-GPT -> a PEFT folder")
+    lora.set_defaults(run=_lora)
     lora.add_argument("lora_checkpoint", help=".pt or .safetensors")
     lora.add_argument("base", help="folder or Hub id that `flamingo` made")
     lora.add_argument("output_dir", help="the folder to make")
@@ -540,17 +241,7 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Convert from the command line."""
     arguments = vars(_parse())
-    if arguments.pop("command") == "lora":
-        convert_lora(**arguments)
-        return
-    output_dir = arguments.pop("output_dir")
-    check_free(output_dir)
-    if arguments["vision_config"].endswith(".json"):
-        arguments["vision_config"] = json.loads(Path(arguments["vision_config"]).read_text())
-    arguments["dtype"] = arguments["dtype"] and getattr(torch, arguments["dtype"])
-    model = convert_flamingo(**arguments)
-    with new_folder(output_dir) as folder:
-        model.save_pretrained(folder, max_shard_size="5GB")
+    arguments.pop("run")(**arguments)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,11 @@ def sample_ahead(
 
 
 def prefill(
-    model: PreTrainedModel, forward: Callable, input_ids: torch.LongTensor, chunk_size: int, model_kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    forward: Callable,
+    input_ids: torch.LongTensor,
+    chunk_size: int,
+    model_kwargs: dict[str, Any],
 ) -> ModelOutput:
     """Run the prompt `(B, T)`, so many tokens at a time, and give what the last of them return."""
     mask, positions, start, chunk = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"), 0, {}

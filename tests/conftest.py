@@ -100,6 +100,13 @@ def note_results(name, figures):
     path.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n")
 
 
+def highest_by_chance(share, n, rows):
+    """Upper Wilson bound of a share seen in `n` trials, at 95 % over `rows` rows together (Bonferroni)."""
+    from scipy.stats import binomtest  # which the other tests do without
+
+    return float(binomtest(round(share * n), n).proportion_ci(1 - 2 * (1 - 0.95) / rows, method="wilson").high)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
 
@@ -30,7 +31,7 @@ VISION = "ViT-L-14-quickgelu"
 CHILD = """
 import resource
 from modeling_mmgpt import converting_mmgpt
-import open_clip, transformers.models.llama.modeling_llama
+import open_clip, processing_mmgpt, transformers.models.llama.modeling_llama
 bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 converting_mmgpt.main()
 print(bare, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -43,7 +44,7 @@ def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def write_language_model(folder: Path, layers: int) -> AutoConfig:
-    """Write an LM of the shape of LLaMA-7B, a shard a layer."""
+    """Write an LM of the shape of LLaMA-7B, a shard a layer, and a tokenizer of as many words."""
     config = AutoConfig.for_model("llama", num_hidden_layers=layers, dtype="bfloat16", **LLAMA_7B)
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config).state_dict()
@@ -51,6 +52,8 @@ def write_language_model(folder: Path, layers: int) -> AutoConfig:
     for name in weights:
         shards.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
     folder.mkdir()
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(VOCABULARY)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="1", eos_token="2").save_pretrained(folder)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     places = {}
@@ -110,11 +113,10 @@ def measure(layers: int, folder: str | Path | None = None) -> dict[str, float]:
         # Elsewhere, for `ru_maxrss` of a process begins with the size of the one that started it.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
             executor.submit(write_files, folder, layers).result()
-        paths = [folder / name for name in ("checkpoint.pt", "lm", "vision.safetensors")]
         bare, highest = peak(
-            *("flamingo", *paths, VISION, folder / "out"),
+            *("flamingo", folder / "checkpoint.pt", folder / "lm", folder / "out"),
             *("--cross_attn_every_n_layers", EVERY, "--media_attention", "following"),
-            *("--image_token_id", VOCABULARY + 1, "--end_of_chunk_token_id", VOCABULARY),
+            *("--vision_tower", folder / "vision.safetensors", "--vision_config", VISION),
         )
         shards = [path.stat().st_size for path in (folder / "out").glob("*.safetensors")]
     return {

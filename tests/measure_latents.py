@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "measurements")]
 EXAMPLES = 256
 SIZES = {"scenes of the tiny world, 48 x 48, PNG": None, "the same as photos, 640 x 480, JPEG": (640, 480)}
 

@@ -29,7 +29,7 @@ print(sorted(set(sys.argv[1:]) & (set(sys.modules) - before)))
 
 def run_benchmark(folder: Path, *options: str) -> dict:
     """Run the benchmark at the shape of the tiny base, and give what it wrote."""
-    command = [sys.executable, "examples/benchmark.py", "--tiny", "--output-dir", str(folder), *options]
+    command = [sys.executable, "examples/measurements/benchmark.py", "--tiny", "--output-dir", str(folder), *options]
     subprocess.run(command, check=True, cwd=ROOT)
     assert (folder / "benchmark.png").stat().st_size > 10_000
     return json.loads((folder / "benchmark.json").read_text())

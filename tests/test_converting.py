@@ -16,21 +16,30 @@ import sys
 import zipfile
 from pathlib import Path
 
-import convert_checkpoint
 import open_clip
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_world import evaluation
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, MptConfig
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    MptConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
 from modeling_mmgpt import converting_mmgpt as converting
 from modeling_mmgpt.conditioning_mmgpt import decoder_layers
+from modeling_mmgpt.conversion import parts
+from modeling_mmgpt.conversion.names import rename
+from modeling_mmgpt.conversion.old_files import read_weights
 from modeling_mmgpt.converting_mmgpt import convert_flamingo, convert_lora
-from modeling_mmgpt.old_files_mmgpt import read_weights
 from modeling_mmgpt.vision_mmgpt import patch_tokens
 
 
@@ -191,7 +200,7 @@ def test_gradient_norms(path):
     model(**batch).loss.backward()
     names = {old: torch.empty(0) for old in read_json(path)}
     parameters = dict(model.named_parameters())
-    for new, (old, _) in converting._rename(names, model.model.text_model).items():
+    for new, (old, _) in rename(names, model.model.text_model).items():
         norm = parameters[new].grad.norm().item()
         # A gate's gradient is one sum over all tokens: where it cancels to 1e-3, float32 leaves 1e-7 of noise.
         assert norm == pytest.approx(read_json(path)[old], rel=TOLERANCE, abs=1e-6), old
@@ -621,7 +630,7 @@ def test_tower_tokens_after_the_norm_on_demand(pixels):
 
 def test_the_rows_of_added_tokens_that_nobody_saved_are_the_mean(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(converting.logger, "propagate", True)
+    monkeypatch.setattr(parts.logger, "propagate", True)
     folder = V1 / "every1"
     with caplog.at_level("WARNING"):
         model = convert(folder, lm_head=None)
@@ -883,18 +892,25 @@ def command(*arguments):
     )
 
 
+def words_tokenizer(size):
+    """A tokenizer of so many words, without the tokens that a processor adds behind them."""
+    words = Tokenizer(models.WordLevel({f"word{number}": number for number in range(size)}, unk_token="word0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="word1", eos_token="word2")
+
+
 def test_the_command_line_converts_both(tmp_path, monkeypatch):
     assert "flamingo" in command("--help").stdout
     options = arguments(LORA)
     (tmp_path / "vision.json").write_text(json.dumps(options["vision_config"]))
-    positional = [options[name] for name in ("checkpoint", "language_model", "vision_tower")]
-    named = ["cross_attn_every_n_layers", "media_attention", "image_token_id", "end_of_chunk_token_id", "pad_token_id"]
-    flags = [f"--{name}={options[name]}" for name in [*named, "lm_head"]]
+    flags = [f"--{name}={options[name]}" for name in ("cross_attn_every_n_layers", "media_attention", "lm_head")]
     flags += [f"--{name}={json.dumps(options[name])}" for name in ("resampler", "cross_attention")]
-    line = ["x", "flamingo", *positional, tmp_path / "vision.json"]
-    monkeypatch.setattr(sys, "argv", [str(a) for a in [*line, tmp_path / "wrong", *flags, "--image_token_id=999"]])
+    flags += ["--vision_tower", options["vision_tower"], "--vision_config", tmp_path / "vision.json"]
+    line = ["x", "flamingo", options["checkpoint"], shutil.copytree(LORA / "lm", tmp_path / "lm")]
+    words_tokenizer(999).save_pretrained(tmp_path / "lm")
+    monkeypatch.setattr(sys, "argv", [str(a) for a in [*line, tmp_path / "wrong", *flags]])
     with pytest.raises(ValueError, match="outside the vocabulary"):
         converting.main()
+    words_tokenizer(300).save_pretrained(tmp_path / "lm")
     monkeypatch.setattr(sys, "argv", [str(a) for a in [*line, tmp_path / "base", *flags]])
     converting.main()
     assert same_weights(MMGPTForConditionalGeneration.from_pretrained(tmp_path / "base"), convert(LORA))
@@ -902,7 +918,7 @@ def test_the_command_line_converts_both(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "lora", *map(str, lora)])
     converting.main()
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "vision.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "lm", "vision.json"]
 
 
 @torch.no_grad()
@@ -919,7 +935,7 @@ def test_the_program_leaves_what_auto_model_and_auto_processor_load(
     line += ["--vision_tower", options["vision_tower"], "--vision_config", tmp_path / "vision.json"]
     line += ["--cross_attn_every_n_layers", 2, "--media_attention", "preceding"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in line])
-    convert_checkpoint.main()
+    converting.main()
     again = AutoModel.from_pretrained(tmp_path / "out").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     config = again.config
@@ -928,7 +944,7 @@ def test_the_program_leaves_what_auto_model_and_auto_processor_load(
     batch = processor(["a<image>b"], images=[picture(0)])
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     with pytest.raises(FileExistsError, match="out exists already"):
-        convert_checkpoint.main()
+        converting.main()
 
 
 @torch.no_grad()
@@ -938,10 +954,10 @@ def test_the_program_gives_an_adapter_the_processor_of_its_base(base, tmp_path, 
     lora = LORA / "final_weights_mmengine_config.pt"
     monkeypatch.setattr(sys, "argv", [str(word) for word in ("x", "lora", lora, whole, tmp_path / "adapter")])
     with pytest.raises(OSError):
-        convert_checkpoint.main()  # the base has no processor
+        converting.main()  # the base has no processor
     assert not (tmp_path / "adapter").exists()
     processor.save_pretrained(whole)
-    convert_checkpoint.main()
+    converting.main()
     assert AutoProcessor.from_pretrained(tmp_path / "adapter").image_token_id == 259
     assert len([name for name, _ in AutoModel.from_pretrained(tmp_path / "adapter").named_parameters()]) > 52
 

@@ -8,7 +8,8 @@ from modeling_mmgpt import MMGPTCache
 from modeling_mmgpt.decoding_mmgpt import can_be_captured, sample_ahead
 
 
-# The graph is traced and not compiled, which takes seconds. CUDA graphs: `examples/benchmark.py --parts agreement`.
+# The graph is traced and not compiled, which takes seconds. CUDA graphs:
+# `examples/measurements/benchmark.py --parts agreement`.
 STATIC = {
     "cache_implementation": "static",
     "compile_config": CompileConfig(fullgraph=True, backend="eager", mode=None),

@@ -85,7 +85,7 @@ def adapter(tmp_path_factory) -> Path:
 @pytest.fixture
 def root(tmp_path, monkeypatch, adapter) -> Path:
     """A folder that looks like the root of the repository, which blocks may write to."""
-    for name in ("examples", "modeling_mmgpt", "processing_mmgpt", "push_to_hub.py"):
+    for name in ("examples", "modeling_mmgpt", "processing_mmgpt", "push_to_hub.py", "model_card.jinja"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("docs", "tests"):  # which a block may write to
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("goldens", "__pycache__"))

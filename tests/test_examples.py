@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import highest_by_chance
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -44,6 +46,39 @@ def records(path: Path, *lines: dict | str) -> Path:
 
 def asked(*content: dict, answer: str = "red") -> list[dict]:
     return [{"role": "user", "content": list(content)}, {"role": "assistant", "content": answer}]
+
+
+# The folder
+
+
+def test_two_programs_see_one_tiny_world():
+    """Also where one of them lies in another folder."""
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import claims, quickstart, tiny_world.dialogue as world;"
+    code += "print(claims.Example is quickstart.Example is world.Example, [m for m in sys.modules if 'examples' in m])"
+    done = run("-c", code, "examples", "examples/measurements")
+    assert done.stdout.split() == ["True", "[]"], done.stderr
+
+
+def test_the_tiny_world_has_one_name():
+    named = re.compile(r"(examples|measurements)\.(tiny_world|measurements|[a-z_]+ import)")
+    places = [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/*.py")]
+    places += [*ROOT.glob("examples/**/*.py"), *ROOT.glob("examples/*.ipynb"), *ROOT.glob("tests/results/*.json")]
+    assert [place.name for place in places if named.search(place.read_text())] == []
+    assert not (ROOT / "examples" / "__init__.py").exists()
+
+
+def test_the_page_names_every_program_and_every_command_is_there():
+    page = (ROOT / "examples" / "README.md").read_text()
+    programs = [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/measurements/*.py")]
+    started = {str(path.relative_to(ROOT)) for path in programs if "\n    main()\n" in path.read_text()}
+    assert set(re.findall(r"examples/\w+(?:/\w+)?\.py", page)) == started
+
+
+@pytest.mark.parametrize("program", ["write_benchmarks.py", "measurements/claims.py", "measurements/in_context.py"])
+def test_a_program_starts_from_anywhere(program, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = run(ROOT / "examples" / program, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("usage"), done.stderr
 
 
 # generate.py
@@ -171,7 +206,7 @@ def test_the_quickstart_reaches_its_bars(tmp_path, seed):
     for name, row in report["controls"].items():
         n = row["blank"]["n"]
         for view, chance in (("blank", "majority"), ("swapped", "collision")):
-            highest = evaluation.highest_by_chance(row["prior"][chance], n, rows)
+            highest = highest_by_chance(row["prior"][chance], n, rows)
             assert row[view]["accuracy"] <= highest, (name, view)
 
 

@@ -26,8 +26,8 @@ from tiny_world import evaluation
 from transformers.utils import logging as transformers_logging
 
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration
+from modeling_mmgpt.conversion.old_files import read_weights
 from modeling_mmgpt.converting_mmgpt import convert_lora
-from modeling_mmgpt.old_files_mmgpt import read_weights
 from processing_mmgpt import MMGPTImageProcessor, load_instruction_dataset
 from processing_mmgpt.mixture_mmgpt import read_mixture
 from processing_mmgpt.pictures_mmgpt import OWN_PICTURES, PicturePolicy, open_picture

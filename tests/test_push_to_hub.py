@@ -3,21 +3,39 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import note_results
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import push_to_hub
 
 
 BASE = Path(__file__).parents[1] / "examples" / "tiny_world" / "base"
+TOKEN = "hf_" + "a" * 34
+SECRETS = {  # spelled apart, so that nobody takes this file for a leak
+    "an Anthropic key": "sk-" + "ant-api03-" + "e" * 40,
+    "a GitLab token": "glpat" + "-" + "f" * 20,
+    "a Google key": "AIza" + "g" * 35,
+    "a Slack token": "xoxb" + "-1234567890-abcdef",
+    "a Stripe key": "sk_" + "live_" + "h" * 24,
+    "an npm token": "npm" + "_" + "i" * 36,
+    "a PyPI token": "pypi" + "-" + "j" * 60,
+    "a Weights & Biases key": "wandb" + "_v1_" + "k" * 30,
+    "a web token": "eyJ" + "l" * 20 + ".eyJ" + "m" * 20 + ".n",
+    "a password in an address": "https://someone:" + "secret@example.org",
+    "a secret of the environment": "WANDB_API_KEY=" + "0123456789abcdef",
+}
 ANSWER = """
 import sys
 for name in ("modeling_mmgpt", "processing_mmgpt"):
@@ -144,6 +162,7 @@ def test_nothing_but_what_is_named_is_staged_and_the_rest_is_listed(adapter, tmp
         ("a GitHub token", "ghp_" + "c" * 36),
         ("an AWS key", "AKIA" + "D" * 16),
         ("a private key", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+        *SECRETS.items(),
     ],
 )
 def test_a_secret_in_a_published_file_stops_the_staging(adapter, tmp_path, kind, secret):
@@ -153,6 +172,106 @@ def test_a_secret_in_a_published_file_stops_the_staging(adapter, tmp_path, kind,
     with pytest.raises(ValueError, match=f"tokenizer_config.json holds {kind}") as caught:
         push_to_hub.stage(source, "someone/adapter", tmp_path / "staged")
     assert secret not in str(caught.value) and not (tmp_path / "staged").exists()
+
+
+def staged(source: Path, tmp_path: Path, **options) -> Path:
+    push_to_hub.stage(source, "someone/adapter", tmp_path / "staged", **{"base_model": "someone/base", **options})
+    return tmp_path / "staged"
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"command": f"accelerate launch examples/train_sft.py --hub_token {TOKEN}"},
+        {"training": {"hub_token": TOKEN}},
+        {"training": {"arguments": [{"hub": ["x", TOKEN]}]}},
+        {"data": {TOKEN: 1}},
+        {"skills": {TOKEN: {"accuracy": 1.0}}},
+    ],
+)
+def test_a_secret_of_the_report_stops_the_card(adapter, tmp_path, report):
+    source = copy_of(adapter, tmp_path)
+    (source / "report.json").write_text(json.dumps({"skills": {"colour": {"accuracy": 1.0}}} | report))
+    with pytest.raises(ValueError, match="README.md holds a Hugging Face token"):
+        staged(source, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_secret_in_the_metadata_of_weights_stops_the_staging(adapter, tmp_path):
+    source = copy_of(adapter, tmp_path)
+    weights = load_file(source / "adapter_model.safetensors")
+    save_file(weights, source / "adapter_model.safetensors", metadata={"format": "pt", "run": f'["\n{TOKEN}"]'})
+    with pytest.raises(ValueError, match="adapter_model.safetensors holds a Hugging Face token"):
+        staged(source, tmp_path)
+
+
+def test_bytes_behind_the_weights_are_refused(adapter, tmp_path):
+    source = copy_of(adapter, tmp_path)
+    with (source / "adapter_model.safetensors").open("ab") as file:
+        file.write(TOKEN.encode())
+    with pytest.raises(SafetensorError, match="not fully covered"):
+        staged(source, tmp_path)
+    assert not (tmp_path / "staged").exists()
+
+
+def test_a_secret_in_the_name_of_a_file_stops_the_staging(tmp_path):
+    source = Path(shutil.copytree(BASE, tmp_path / "source"))
+    shutil.copy(source / "model.safetensors", source / f"model-{TOKEN}.safetensors")
+    with pytest.raises(ValueError, match="The name of file .* holds a Hugging Face token") as caught:
+        push_to_hub.stage(source, "someone/base", tmp_path / "staged")
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_secret_behind_an_escape_is_seen(adapter, tmp_path):
+    source = copy_of(adapter, tmp_path, note=["first line\nsk-" + "p" * 40])
+    with pytest.raises(ValueError, match="adapter_config.json holds an OpenAI key"):
+        staged(source, tmp_path)
+
+
+def test_only_the_files_of_a_tokenizer_go_along_binary_ones_too(adapter, tmp_path):
+    source = copy_of(adapter, tmp_path)
+    (source / "tokenizer_notes.txt").write_text("for me alone")
+    (source / "tokenizer_old").mkdir()
+    (source / "tokenizer.model").write_bytes(b"\x0a\xff\xfe\x80")
+    files = {path.name for path in staged(source, tmp_path).iterdir()}
+    assert "tokenizer.model" in files and not files & {"tokenizer_notes.txt", "tokenizer_old"}
+    left = push_to_hub.left_behind(source, tmp_path / "staged")
+    assert {"tokenizer_notes.txt", "tokenizer_old/"} <= set(left)
+
+
+def test_a_secret_in_a_binary_file_stops_the_staging(adapter, tmp_path):
+    source = copy_of(adapter, tmp_path)
+    (source / "tokenizer.model").write_bytes(b"\x0a\xff\xfe" + TOKEN.encode() + b"\x80")
+    with pytest.raises(ValueError, match="tokenizer.model holds a Hugging Face token"):
+        staged(source, tmp_path)
+
+
+def test_a_link_is_followed_within_the_folder_alone(adapter, tmp_path):
+    source = copy_of(adapter, tmp_path)
+    (source / "inside").write_bytes(b"pieces")
+    (source / "tokenizer.model").symlink_to(source / "inside")
+    assert not (staged(source, tmp_path) / "tokenizer.model").is_symlink()
+    (tmp_path / "private").write_text("for me alone")
+    (source / "tokenizer.model").unlink()
+    (source / "tokenizer.model").symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match="tokenizer.model is a link out of .*source, to .*private"):
+        staged(source, tmp_path)
+
+
+def test_names_of_folders_are_emptied_in_lists_too(adapter, tmp_path):
+    paths = {"_name_or_path": str(tmp_path / "one")}
+    source = copy_of(adapter, tmp_path, parts=[paths, [paths]], name_or_path=[str(tmp_path / "two"), "someone/base"])
+    config = json.loads((staged(source, tmp_path) / "adapter_config.json").read_text())
+    emptied = {"_name_or_path": ""}
+    assert (config["parts"], config["name_or_path"]) == ([emptied, [emptied]], ["", "someone/base"])
+
+
+def test_a_path_that_nobody_can_empty_stops_the_staging(adapter, tmp_path):
+    source = copy_of(adapter, tmp_path)
+    for path in (Path.home() / "data", Path.cwd() / "data", source / "data"):
+        (source / "report.json").write_text(json.dumps({"training": {"data": str(path)}}))
+        with pytest.raises(ValueError, match="README.md holds a path of this machine"):
+            staged(source, tmp_path)
 
 
 def test_no_path_of_this_machine_is_published(tmp_path):
@@ -213,3 +332,96 @@ def test_the_licence_is_that_of_the_base(adapter, tmp_path):
     source = copy_of(adapter, tmp_path, base_model_name_or_path=str(base))
     push_to_hub.stage(source, "someone/adapter", tmp_path / "staged")
     assert ModelCard.load(tmp_path / "staged" / "README.md").data.license == "mit"
+
+
+def test_a_push_that_breaks_off_says_what_is_public(monkeypatch, tmp_path):
+    def cut(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(push_to_hub.HfApi, "create_repo", lambda *args, **kwargs: None)
+    monkeypatch.setattr(push_to_hub.HfApi, "list_repo_files", lambda *args, **kwargs: [])
+    monkeypatch.setattr(push_to_hub.HfApi, "create_commit", cut)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        push_to_hub.upload(tmp_path, "someone/adapter")
+    assert "whole or not at all: see https://huggingface.co/someone/adapter/commits/main" in caught.value.__notes__[0]
+
+
+def test_the_message_of_the_commit_is_looked_at(tmp_path):
+    with pytest.raises(ValueError, match="message or the name of the branch holds a Hugging Face token"):
+        push_to_hub.upload(tmp_path, "someone/adapter", message=f"With {TOKEN}")
+
+
+# The bar
+
+
+def hide(source: Path, secret: str, place: str, rng: random.Random) -> None:
+    """Put a secret into one place of a folder."""
+    nested = rng.choice([secret, [secret], {"a": [0, {"b": f"x {secret}"}]}, {secret: 1}, f"one\n{secret}"])
+    if place == "report":
+        keys = ("command", "protocol", "date", "machine", "versions", "training", "data", "skills", "dataset")
+        key = rng.choice(keys)
+        values = {"training": {"hub": nested}, "data": {secret: 1}, "skills": {secret: {"accuracy": 0.5}}}
+        text = f"{rng.choice(['', 'python x.py --token '])}{secret}"
+        report = {"skills": {"colour": {"accuracy": 0.5}}} | {key: values.get(key, text)}
+        (source / "report.json").write_text(json.dumps(report))
+    elif place == "metadata":
+        weights = load_file(source / "adapter_model.safetensors")
+        metadata = rng.choice([{"run": secret}, {secret: "run"}, {"run": json.dumps(nested)}])
+        save_file(weights, source / "adapter_model.safetensors", metadata=metadata)
+    elif place == "tensor name":
+        weights = load_file(source / "adapter_model.safetensors")
+        save_file({**weights, f"base_model.model.{secret}": torch.zeros(1)}, source / "adapter_model.safetensors")
+    elif place == "tail":
+        with (source / "adapter_model.safetensors").open("ab") as file:
+            file.write(secret.encode())
+    elif place == "config":
+        path = source / rng.choice(["adapter_config.json", "tokenizer_config.json", "processor_config.json"])
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"note": nested}))
+    elif place == "vocabulary":
+        contents = json.loads((source / "tokenizer.json").read_text())
+        contents["model"]["vocab"].append([rng.choice([secret, f"word {secret}", f"\n{secret}"]), 0.0])
+        (source / "tokenizer.json").write_text(json.dumps(contents))
+    elif place == "template":
+        with (source / "chat_template.jinja").open("a") as file:
+            file.write(f"{{# {secret} #}}")
+    elif place == "binary":
+        (source / "tokenizer.model").write_bytes(rng.randbytes(40) + secret.encode() + rng.randbytes(40))
+    elif place == "other file":
+        (source / rng.choice(["tokenizer_notes.txt", ".env", "special_tokens_map.json.bak"])).write_text(secret)
+    elif place == "name":
+        (source / rng.choice([f"tokenizer_{secret}", f"model-{secret}.safetensors", secret])).write_text("x")
+    else:  # a link
+        (source.parent / "private").write_text(secret)
+        name = rng.choice(["tokenizer.model", "special_tokens_map.json", "tokenizer_link", "generation_config.json"])
+        (source / name).symlink_to(source.parent / "private")
+
+
+PLACES = ("report", "metadata", "tensor name", "tail", "config", "vocabulary", "template", "binary", "other file")
+PLACES += ("name", "link")
+
+
+@pytest.mark.bars
+def test_no_secret_is_staged_in_silence(adapter, tmp_path, count=1000):
+    secrets = [TOKEN, "AKIA" + "D" * 16, "ghp_" + "c" * 36, "sk-proj-" + "b" * 40]
+    secrets += [secret for secret in SECRETS.values() if "/" not in secret]  # no file has a name with one
+    refused, silent = Counter(), Counter()
+    for number in range(count):
+        rng = random.Random(number)
+        place, secret = PLACES[number % len(PLACES)], rng.choice(secrets)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        source = copy_of(adapter, folder)
+        hide(source, secret, place, rng)
+        try:
+            out = staged(source, folder)
+        except (ValueError, SafetensorError) as error:
+            assert secret not in str(error), (number, place)
+            assert {path.name for path in folder.iterdir()} <= {"source", "private"}, (number, place)
+            refused[place] += 1
+        else:
+            public = [part for file in out.iterdir() for part in (file.name.encode(), file.read_bytes())]
+            assert not any(secret.encode() in part for part in public), (number, place)
+            silent[place] += 1
+        shutil.rmtree(folder)
+    assert sum(refused.values()) > count * 0.7
+    note_results("push_to_hub", {"folders": count, "refused": dict(refused), "left behind": dict(silent), "leaked": 0})

@@ -86,7 +86,7 @@ def test_drift_is_the_divergence_from_the_reference():
 @pytest.mark.bars
 def test_the_benchmark_of_quantised_bases_runs(tmp_path):
     """On a CPU, tiny; what has no kernels for a CPU is listed with the reason."""
-    command = [sys.executable, "examples/benchmark_quantized.py", "--tiny", "--output-dir", str(tmp_path)]
+    command = [sys.executable, "examples/measurements/benchmark_quantized.py", "--tiny", "--output-dir", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT)
     result = json.loads((tmp_path / "quantized.json").read_text())
     skipped = {row["method"] for row in result["methods"] if "skipped" in row}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_world import corpus, digits, language, look_ups, questions, scenes, tokenizer
+from tiny_world.mixture import MIXTURE, SKILLS, example, mixture
+from tiny_world.scenes import COLOURS, SHAPES, UNSEEN_PAIRS
 from transformers import AutoTokenizer
 
 import processing_mmgpt
-from examples.tiny_world import corpus, digits, language, look_ups, questions, scenes, tokenizer
-from examples.tiny_world.mixture import MIXTURE, SKILLS, example, mixture
-from examples.tiny_world.scenes import COLOURS, SHAPES, UNSEEN_PAIRS
 
 
 SAMPLES = 200

@@ -528,7 +528,7 @@ def test_accelerate_launches_two_processes_and_the_benchmark(tmp_path, world):
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     given = options(world, tmp_path / "out", "still", **TURNS, per_device_train_batch_size=1)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for program in (["train_sft.py", *given], ["benchmark_sharded.py", "--tiny", "true", "--steps", "1"]):
+    for program in (["train_sft.py", *given], ["measurements/benchmark_sharded.py", "--tiny", "true", "--steps", "1"]):
         command = [*launch, f"examples/{program[0]}", *program[1:]]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -10,5 +10,6 @@ In reading order:
     language.py   skills that need none, and what of them is held out
     mixture.py    the instruction-tuning set: (seed, index) -> Example
     corpus.py     what the base model is trained on, free of instructions: (seed, index, phase) -> Document
+    documents.py  these as batches, and how much of them a base knows
     tokenizer.py  one id a word, wherever in a line the word stands
 """

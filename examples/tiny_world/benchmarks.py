@@ -1,11 +1,8 @@
 """Write benchmarks about the tiny world in the public forms of annotation: VQA v2, COCO captions, and two more.
 
-    python -m examples.tiny_world.benchmarks outputs/benchmarks
-
-`examples/evaluate_benchmark.py` scores a model on each of the folders that this leaves.
+`examples/write_benchmarks.py` writes all of them, and `examples/evaluate_benchmark.py` scores a model on each.
 """
 
-import argparse
 import json
 import random
 from pathlib import Path
@@ -103,19 +100,3 @@ WRITERS = {
     "hateful_memes": write_hateful_memes,
     "imagenet": write_imagenet,
 }
-
-
-def main() -> None:
-    """Write all of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--train", type=int, default=500, help="pictures to take examples from")
-    parser.add_argument("--test", type=int, default=200, help="pictures that are scored")
-    args = parser.parse_args()
-    for name, write in WRITERS.items():
-        write(args.output_dir / name, {"train2014": args.train, "val2014": args.test})
-        print(args.output_dir / name)
-
-
-if __name__ == "__main__":
-    main()

@@ -14,12 +14,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .dialogue import Example
+from .mixture import example
 from .scenes import CELLS, COLOURS, SHAPES, SIDE, SIZES
 
 
 BATCH = 100
 MAX_NEW_TOKENS = 48  # four objects, described
 CONFIDENCE = 0.95
+SEEN = ("colour", "shape", "size", "position", "count", "count_colour", "yes_no", "text_colour", "second_turn")
+SEEN += ("reading", "digits", "unseen_pairs")  # with a picture, and one kind of answer: those that have controls
+OTHER = ("caption", "two_pictures", "three_turns", "sums", "differences", "sorting", "copying", "facts")
 
 
 @torch.inference_mode()
@@ -75,8 +79,8 @@ def prior(examples: Sequence[Example]) -> dict[str, float]:
         probability that two questions have the same answer, which a swapped picture must not exceed.
     """
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for example in examples:
-        kinds[_kind(example.answer)][example.answer] += 1
+    for asked in examples:
+        kinds[_kind(asked.answer)][asked.answer] += 1
     majority = sum(max(answers.values()) for answers in kinds.values())
     collision = sum(sum(n * n for n in answers.values()) / answers.total() for answers in kinds.values())
     return {"majority": majority / len(examples), "collision": collision / len(examples)}
@@ -85,6 +89,44 @@ def prior(examples: Sequence[Example]) -> dict[str, float]:
 def _kind(answer: str) -> str:
     names = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "position": CELLS}
     return next((kind for kind, values in names.items() if answer in values), "other")
+
+
+def evaluate(
+    model: PreTrainedModel, processor: ProcessorMixin, seed: int, count: int, control_count: int
+) -> tuple[dict, dict, list[tuple[Example, str]]]:
+    """Ask a model `count` questions of each skill, and `control_count` of them again with other pictures.
+
+    Returns:
+        `skills`, the score of each; `controls`, of those whose answers have a kind: the scores with a blank and with
+        a swapped picture, and what chance would give; an example of each skill with its reply.
+    """
+    skills, controls, shown = {}, {}, []
+    for skill in (*SEEN, *OTHER):
+        examples = [example(skill, seed, index, "test") for index in range(count)]
+        replies = answer(model, processor, examples, skill)
+        skills[skill] = score(examples, replies)
+        shown.append((examples[0], replies[0]))
+        if skill in SEEN and control_count:
+            examples = examples[:control_count]
+            views = {"blank": with_blank_pictures(examples), "swapped": with_swapped_pictures(examples)}
+            controls[skill] = {
+                name: score(changed, answer(model, processor, changed, f"{skill}, {name}"))
+                for name, changed in views.items()
+            }
+            controls[skill]["prior"] = prior(examples)
+    return skills, controls, shown
+
+
+def print_table(skills: dict, controls: dict) -> None:
+    """Print what was right, in percent, beside what chance would give."""
+    print(f"{'skill':<14}{'right':>7}  {'95 % interval':<15}{'blank':>7}{'(most':>7}{'swapped':>9}{'(chance':>8}")
+    for name, row in skills.items():
+        line = f"{name:<14}{row['accuracy']:>7.1%}  {row['low']:>6.1%} .. {row['high']:<6.1%}"
+        if name in controls:
+            blank, swapped, prior = (controls[name][key] for key in ("blank", "swapped", "prior"))
+            line += f"{blank['accuracy']:>6.1%}{prior['majority']:>7.1%}){swapped['accuracy']:>8.1%}"
+            line += f"{prior['collision']:>7.1%})"
+        print(line)
 
 
 def measured_with(command: str) -> dict[str, str]:
@@ -97,9 +139,3 @@ def measured_with(command: str) -> dict[str, str]:
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
         "versions": ", ".join(f"{name} {version(name)}" for name in packages),
     }
-
-
-def highest_by_chance(share: float, n: int, rows: int) -> float:
-    """Upper Wilson bound of a share seen in `n` trials, at 95 % over `rows` rows together (Bonferroni)."""
-    confidence = 1 - 2 * (1 - CONFIDENCE) / rows
-    return float(binomtest(round(share * n), n).proportion_ci(confidence, method="wilson").high)

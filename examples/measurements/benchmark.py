@@ -1,7 +1,7 @@
 """Measure speed and memory beside what a user would run instead: Idefics, Mllama and the bare LM of transformers.
 
-    python examples/benchmark.py --output-dir outputs/benchmark            # one GPU, the shape of OpenFlamingo-9B
-    python examples/benchmark.py --tiny --output-dir outputs/benchmark     # a CPU, in five minutes: does it run
+    python examples/measurements/benchmark.py --output-dir outputs/benchmark          # one GPU, the 9B shape
+    python examples/measurements/benchmark.py --tiny --output-dir outputs/benchmark   # a CPU, in five minutes
 
 All weights are random and all figures come from one run on one machine, so that a ratio is a ratio. Writes
 `benchmark.json` and `benchmark.png`, and prints what it measures. `--parts` picks some, see `--help`.

@@ -1,6 +1,7 @@
-"""Measure LoRA training over several GPUs that share out the weights: tokens a second and the peak memory of a GPU.
+r"""Measure LoRA training over several GPUs that share out the weights: tokens a second and the peak memory of a GPU.
 
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 4 examples/benchmark_sharded.py
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 4 \
+        examples/measurements/benchmark_sharded.py
 
 The shape is that of OpenFlamingo-9B (LLaMA-7B, ViT-L/14, 64 latents, a block before every 4th layer), the weights are
 random: built on the meta device, sharded, and only then given memory, so that no process ever holds them all. Prints

@@ -1,11 +1,11 @@
 """Measure what Multimodal-GPT's paper claims, and what it left open, on the tiny world: three tunings a claim and arm.
 
-    python examples/claims.py joint          # pictures and text together, against either alone
-    python examples/claims.py short_answers  # how much of the data may answer in a word before all replies do
-    python examples/claims.py passes         # mixed batches, against pictures and text in passes or steps of their own
-    python -m examples.tiny_world.build_base --media_attention following --output_dir outputs/base_following
-    python examples/claims.py attention      # which tokens attend to a picture: those after it, or those before it
-    python examples/claims.py table          # the tables and plots of docs/claims.md again, from tests/results
+    python examples/measurements/claims.py joint          # pictures and text together, against either alone
+    python examples/measurements/claims.py short_answers  # how much data in one word makes all replies one word
+    python examples/measurements/claims.py passes         # mixed batches, against pictures and text apart
+    python examples/build_base.py --media_attention following --output_dir outputs/base_following
+    python examples/measurements/claims.py attention      # tokens after a picture attend to it, or those before it
+    python examples/measurements/claims.py table          # tables and plots of docs/claims.md, from tests/results
 
 A tuning takes some four minutes on two cores; on a GPU, `--processes 12` runs so many side by side. Each claim ends in
 `claims_<claim>.json` and `.png` in `outputs/claims`. Tunings that are done, also for another claim, are not run again.
@@ -21,16 +21,21 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+from modeling_mmgpt.saving.whole import whole
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from claims_report import draw, tables
-from quickstart import BASE, BATCH, batches_of_like_length, evaluate, load, tune
+from quickstart import BASE, BATCH, batches_of_like_length, load, tune
 from tiny_world import evaluation, language, questions, sentences
 from tiny_world.dialogue import Example
 from tiny_world.mixture import MIXTURE, mixture
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 
 OUTPUTS = Path("outputs")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PICTURES = {skill: share for skill, share in MIXTURE.items() if skill in questions.SKILLS}
 TEXT = {skill: share for skill, share in MIXTURE.items() if skill in language.SKILLS}
 
@@ -55,7 +60,7 @@ def short_answers(seed: int, steps: int, share: float) -> list[Example]:
 
 def ask_skills(adapter: Path, seed: int, count: int) -> dict[str, dict]:
     """What is right of each skill of the quickstart."""
-    return evaluate(adapter, seed, count, control_count=0)[0]
+    return evaluation.evaluate(*load(adapter), seed, count, control_count=0)[0]
 
 
 def ask_sentences(adapter: Path, seed: int, count: int) -> dict[str, dict]:
@@ -119,9 +124,8 @@ def run(name: str, seed: int, steps: int, count: int) -> dict[str, dict]:
     if not answers.exists():
         set_seed(seed)
         tune(arm.examples(seed, steps), seed, folder, arm.base, arm.passes)
-        unfinished = folder / "answers.part"
-        unfinished.write_text(json.dumps(arm.ask(folder / "adapter", seed, count)))
-        unfinished.rename(answers)
+        with whole(answers) as unfinished:
+            unfinished.write_text(json.dumps(arm.ask(folder / "adapter", seed, count)))
     return json.loads(answers.read_text())
 
 
@@ -132,7 +136,7 @@ def prepare_bases(names: set[str]) -> None:
         model.save_pretrained(SWITCHED)
         AutoProcessor.from_pretrained(BASE).save_pretrained(SWITCHED)
     if any(ARMS[name].base == FOLLOWING for name in names) and not (FOLLOWING / "config.json").exists():
-        build = f"python -m examples.tiny_world.build_base --media_attention following --output_dir {FOLLOWING.parent}"
+        build = f"python examples/build_base.py --media_attention following --output_dir {FOLLOWING.parent}"
         raise SystemExit(f"There is no base in {FOLLOWING}. Build it first: {build}")
 
 
@@ -150,7 +154,7 @@ def measure(claims: list[str], seeds: list[int], steps: int | None, count: int, 
             for name in names
         }
         for claim in claims:
-            report = evaluation.measured_with(" ".join(["python", "examples/claims.py", *sys.argv[1:]]))
+            report = evaluation.measured_with(" ".join(["python", "examples/measurements/claims.py", *sys.argv[1:]]))
             report["runs"] = {name: {seed: r.result() for seed, r in runs[name].items()} for name in arms[claim]}
             path = OUTPUTS / "claims" / f"claims_{claim}.json"
             path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Measure how a model learns names from pictures in its prompt: right answers over the number of examples.
 
-    python examples/in_context.py
+    python examples/measurements/in_context.py
 
 An episode gives made-up names to three colours or to three shapes, shows up to eight pictures with their names, and
 asks for the name of one more; nothing is trained. "Trained" names, of one token, and "spelled" ones, of several, were
@@ -23,16 +23,19 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from few_shot import BASE, labelled_pictures, prompts
 from matplotlib.figure import Figure
-from tiny_world import evaluation
-from tiny_world.corpus import PSEUDO_WORDS
-from tiny_world.language import SPELLED_WORDS
-from tiny_world.scenes import COLOURS, SHAPES
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from processing_mmgpt.few_shot_mmgpt import few_shot
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from few_shot import BASE, labelled_pictures, prompts
+from tiny_world import evaluation
+from tiny_world.corpus import PSEUDO_WORDS
+from tiny_world.language import SPELLED_WORDS
+from tiny_world.scenes import COLOURS, SHAPES
 
 
 matplotlib.use("Agg")
@@ -182,7 +185,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/in_context"))
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    report = evaluation.measured_with(" ".join(["python", "examples/in_context.py", *sys.argv[1:]]))
+    report = evaluation.measured_with(" ".join(["python", "examples/measurements/in_context.py", *sys.argv[1:]]))
     report |= {"seeds": args.seeds, "rows": measure(args.seeds, args.shots, args.count, args.names)}
     (args.output_dir / "in_context.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(report["rows"], args.output_dir / "in_context.png")

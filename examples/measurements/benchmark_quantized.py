@@ -1,7 +1,7 @@
 """Measure quantised bases: speed, memory, what they say differently, and which cards hold them.
 
-    python examples/benchmark_quantized.py --output-dir outputs/quantized          # one GPU, OpenFlamingo-9B's shape
-    python examples/benchmark_quantized.py --tiny --output-dir outputs/quantized   # a CPU, to see that it runs
+    python examples/measurements/benchmark_quantized.py --output-dir outputs/quantized          # one GPU, the 9B shape
+    python examples/measurements/benchmark_quantized.py --tiny --output-dir outputs/quantized   # a CPU: does it run
 
 `--parts methods` quantises the model of `benchmark.py` by each of `--methods`, in the way of
 `from_pretrained(..., quantization_config=...)`, and measures decoding of one row, memory, and how far its next-token
@@ -15,6 +15,7 @@ import gc
 import json
 import random
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,8 +25,6 @@ import torch
 import transformers
 from benchmark import generate, generation_options, half_learnt, step, time_generation, trainee
 from benchmark_models import DEVICE, DTYPE, OPEN_FLAMINGO_9B, TINY_BASE, Shape, build, free, inputs, measure
-from tiny_world import corpus
-from tiny_world.build_base import Collator, encode, forward, probe
 from torch import nn
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -42,7 +41,12 @@ from modeling_mmgpt.adapters_mmgpt import quantization_config
 from modeling_mmgpt.decoding_mmgpt import sample_ahead
 
 
-BASE = Path(__file__).parent / "tiny_world" / "base"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_world import corpus
+from tiny_world.documents import Collator, encode, forward, probe
+
+
+BASE = Path(__file__).parents[1] / "tiny_world" / "base"
 TINY = replace(TINY_BASE, hidden=256, heads=4, intermediate=512)  # on a CPU bitsandbytes takes multiples of 64
 GROUP, TINY_GROUP = 128, 32  # weights of a row that share a scale in `int4`; the rows of the tiny base are 160 long
 CARDS = (24, 40, 80)  # GB
