@@ -19,7 +19,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import ModelOutput
-from transformers.generation import BaseStreamer
 
 
 # What transformers' own loop is needed for, by the names of `generate()`'s arguments.
