@@ -126,8 +126,10 @@ class MMGPTGenerationMixin(GenerationMixin):
             cache.forget_tokens()
         if pixel_values is None:
             return {"image_index": index}
-        numbers = numbers.to(self.device)
-        latents = self.model.encode_images(pixel_values.to(self.device), num_frames, numbers)
+        if self.device.type != "meta":  # as that of a model whose first weights are offloaded: hooks move them then
+            pixel_values, numbers = pixel_values.to(self.device), numbers.to(self.device)
+            num_frames = None if num_frames is None else num_frames.to(self.device)
+        latents = self.model.encode_images(pixel_values, num_frames, numbers)
         return {"image_index": index, "image_latents": latents, "image_numbers": numbers}
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -164,7 +166,7 @@ class MMGPTGenerationMixin(GenerationMixin):
         if cache is not None and is_first_iteration:
             start = int(cache.get_seq_length())  # the tokens may be a chunk, from the middle of the prompt
         index = continue_image_index(image_index, start, start + num_tokens, self.config.media_attention)
-        inputs["image_index"] = index.to(self.device)
+        inputs["image_index"] = index.to(inputs["input_ids"].device)
         # An assistant is called with the same pictures again and again, and a prompt comes in chunks. Later the cache
         # is not asked, which would wait for the device.
         is_prompt = cache is None or cache.image_numbers is None or is_first_iteration
