@@ -7,7 +7,7 @@ import sys
 import few_shot as program
 import pytest
 import torch
-from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from open_clip.model import CLIP
 from tokenizers import processors
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -219,7 +219,7 @@ def test_an_index_is_written_whole_or_not_at_all(tmp_path, extract, picture):
 @torch.no_grad()
 def test_features_are_those_of_clip_before_its_projection():
     sizes = {"width": 16, "layers": 2, "head_width": 8, "patch_size": 8, "image_size": 24}
-    clip = _build_vision_tower(embed_dim=12, vision_cfg=CLIPVisionCfg(**sizes), quick_gelu=True).eval()
+    clip = CLIP(12, sizes, {"width": 16, "heads": 2, "layers": 1}, quick_gelu=True).visual.eval()
     weights = clip.state_dict()
     projection = weights.pop("proj")
     pixels = torch.randn(2, 3, 24, 24)
