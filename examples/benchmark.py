@@ -41,7 +41,7 @@ from modeling_mmgpt.adapters_mmgpt import lora_config
 from modeling_mmgpt.decoding_mmgpt import sample_ahead
 from modeling_mmgpt.fusing_mmgpt import fuse_projections
 from modeling_mmgpt.training_mmgpt import compile_parts, fill_vocabulary
-from processing_mmgpt.collator_mmgpt import fill_rows
+from processing_mmgpt.data.collator import fill_rows
 
 
 BACKEND = "inductor" if DEVICE == "cuda" else "eager"  # of the compiler; on a CPU to compile takes minutes

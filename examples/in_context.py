@@ -32,7 +32,7 @@ from tiny_world.scenes import COLOURS, SHAPES
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from processing_mmgpt.few_shot_mmgpt import few_shot
+from processing_mmgpt.evaluation.few_shot import few_shot
 
 
 matplotlib.use("Agg")

@@ -26,7 +26,7 @@ from trl import TrlParser
 from modeling_mmgpt import MMGPTForConditionalGeneration
 from modeling_mmgpt.training_mmgpt import TrainerMixin, keep_rows, last_checkpoint
 from processing_mmgpt import MMGPTCollator, MMGPTProcessor, load_instruction_dataset
-from processing_mmgpt.few_shot_mmgpt import TEMPLATE
+from processing_mmgpt.evaluation.few_shot import TEMPLATE
 
 
 # The few-shot form without its words. Learnt is the text behind pictures, up to `<|endofchunk|>`, as in OpenFlamingo:

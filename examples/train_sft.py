@@ -9,7 +9,7 @@ Each line of the file is one record; pictures are paths relative to the file, on
                   {"role": "assistant", "content": "A cat."}], "images": ["cat.png"]}
 
 Records with pictures and records without may stand in one file. In its place, a YAML file mixes public instruction
-sets (`examples/recipes`, `processing_mmgpt/mixture_mmgpt.py`). All options of `trl.SFTConfig` are options here, on the
+sets (`examples/recipes`, `processing_mmgpt/data/mixture.py`). All options of `trl.SFTConfig` are options here, on the
 command line or, with `--config examples/recipes/lora.yaml`, in a file. What killed the run does not matter: the same
 command with `--resume` goes on. Many GPUs: `docs/scaling.md`.
 """
@@ -35,8 +35,8 @@ from modeling_mmgpt.training_mmgpt import (
     last_checkpoint,
 )
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
-from processing_mmgpt.latents_mmgpt import keep_latents
-from processing_mmgpt.samples_mmgpt import SampleCallback
+from processing_mmgpt.data.latents import keep_latents
+from processing_mmgpt.evaluation.samples import SampleCallback
 
 
 @dataclass

@@ -8,8 +8,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .fetching_mmgpt import PictureError
-from .pictures_mmgpt import open_picture
+from .image_files_mmgpt import ImageError, open_image
 from .videos_mmgpt import open_video
 
 
@@ -71,8 +70,8 @@ class MMGPTImageProcessor(BaseImageProcessor):
         self.max_num_frames = max_num_frames
 
     def pixels(self, picture: Image.Image | np.ndarray | str | bytes) -> torch.Tensor:
-        """Turn one picture, given in any form of `open_picture`, into floats `(3, size, size)`."""
-        pixels = torch.from_numpy(np.array(self.square(open_picture(picture))))  # (size, size, 3), bytes
+        """Turn one picture, given in any form of `open_image`, into floats `(3, size, size)`."""
+        pixels = torch.from_numpy(np.array(self.square(open_image(picture))))  # (size, size, 3), bytes
         pixels = pixels.permute(2, 0, 1).contiguous()  # (3, size, size)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         return pixels.float().div(255).sub(mean).div(std)
@@ -98,7 +97,7 @@ class MMGPTImageProcessor(BaseImageProcessor):
         A square one stays as it is. So a server can keep this in place of a picture of any size.
 
         Raises:
-            PictureError: If the picture is so long and thin that resizing it would take gigabytes.
+            ImageError: If the picture is so long and thin that resizing it would take gigabytes.
         """
         return _crop_centre(_resize_short_side(picture, self.size), self.size).convert("RGB")
 
@@ -118,7 +117,7 @@ def _resize_short_side(picture: Image.Image, size: int) -> Image.Image:
     short, long = sorted((width, height))
     long = int(size * long / short)
     if size * long > MAX_RESIZED:
-        raise PictureError(f"The picture of {width} x {height} pixels is too long and thin: cut it.")
+        raise ImageError(f"The picture of {width} x {height} pixels is too long and thin: cut it.")
     return picture.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
 
 

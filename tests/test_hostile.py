@@ -29,9 +29,9 @@ from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration
 from modeling_mmgpt.converting_mmgpt import convert_lora
 from modeling_mmgpt.old_files_mmgpt import read_weights
 from processing_mmgpt import MMGPTImageProcessor, load_instruction_dataset
-from processing_mmgpt.mixture_mmgpt import read_mixture
-from processing_mmgpt.pictures_mmgpt import OWN_PICTURES, PicturePolicy, open_picture
-from processing_mmgpt.skips_mmgpt import count_skips
+from processing_mmgpt.data.mixture import read_mixture
+from processing_mmgpt.data.skip_log import count_skips
+from processing_mmgpt.image_files_mmgpt import OWN_IMAGES, ImagePolicy, open_image
 
 
 FOLDER = V1 / "every1"
@@ -459,8 +459,8 @@ MIXTURE = {
 
 def try_picture(rng: random.Random, processor, folder) -> None:
     data = mutate_bytes(rng, rng.choice(PICTURES))
-    policy = PicturePolicy() if rng.random() < 0.5 else OWN_PICTURES
-    pixels = processor.image_processor.pixels(open_picture(data, policy))
+    policy = ImagePolicy() if rng.random() < 0.5 else OWN_IMAGES
+    pixels = processor.image_processor.pixels(open_image(data, policy))
     assert pixels.shape == (3, SIDE, SIDE) and pixels.isfinite().all()
 
 

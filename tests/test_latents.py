@@ -20,9 +20,10 @@ from test_train import world as world
 from modeling_mmgpt import modeling_mmgpt
 from modeling_mmgpt.adapters_mmgpt import lora_config
 from modeling_mmgpt.training_mmgpt import frozen_encoder
-from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, latents_mmgpt, load_instruction_dataset
-from processing_mmgpt.latents_mmgpt import keep_latents
-from processing_mmgpt.skips_mmgpt import count_skips
+from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, load_instruction_dataset
+from processing_mmgpt.data import latents as latent_tables
+from processing_mmgpt.data.latents import keep_latents
+from processing_mmgpt.data.skip_log import count_skips
 
 
 SIDE = 8
@@ -44,7 +45,7 @@ def _own_cache(tmp_path, monkeypatch):
 def watch(cache: Path, shard: bool = False) -> None:
     """Use a cache of one's own, and print how many pictures the tower gets."""
     use_cache(cache)
-    latents_mmgpt.PICTURES_PER_BATCH = 1
+    latent_tables.PICTURES_PER_BATCH = 1
     tower = modeling_mmgpt.patch_tokens
 
     def watched(model, pixels):
@@ -127,7 +128,7 @@ def expected(data):
 
 @pytest.fixture
 def tables_of_three(monkeypatch):
-    monkeypatch.setattr(latents_mmgpt, "PICTURES_PER_TABLE", 3)
+    monkeypatch.setattr(latent_tables, "PICTURES_PER_TABLE", 3)
 
 
 def source(folder: Path, count: int) -> dict:
@@ -174,7 +175,7 @@ def die(pixel_values, num_frames):
 
 def keep_and_die(cache: Path, mixture: dict) -> None:
     use_cache(cache)
-    latents_mmgpt.PICTURES_PER_TABLE, latents_mmgpt.PICTURES_PER_BATCH = 3, 1
+    latent_tables.PICTURES_PER_TABLE, latent_tables.PICTURES_PER_BATCH = 3, 1
     keep_latents(load_instruction_dataset(mixture), PIXELS, die, "one")
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 from test_readers import EXPECTED, GOLDENS, NEEDED, annotations
 from torch.utils.data import DataLoader
 
-from processing_mmgpt import annotations_mmgpt
-from processing_mmgpt.annotations_mmgpt import confined
-from processing_mmgpt.mixture_mmgpt import load_instruction_dataset, read_mixture
-from processing_mmgpt.readers_mmgpt import READERS, TEXT_READERS
-from processing_mmgpt.report_mmgpt import LEARNT, PLAIN, draw, report
-from processing_mmgpt.skips_mmgpt import count_skips
+from processing_mmgpt.data import annotations as annotation_files
+from processing_mmgpt.data.annotations import confined
+from processing_mmgpt.data.mixture import load_instruction_dataset, read_mixture
+from processing_mmgpt.data.readers import READERS, TEXT_READERS
+from processing_mmgpt.data.report import LEARNT, PLAIN, draw, report
+from processing_mmgpt.data.skip_log import count_skips
 
 
 RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "multimodal_gpt.yaml"
@@ -463,19 +463,19 @@ def test_the_report_counts_everything(tmp_path, both, processor):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 2**20])
 def test_a_list_is_read_item_by_item_as_it_would_be_at_once(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(annotations_mmgpt, "CHUNK", size)
+    monkeypatch.setattr(annotation_files, "CHUNK", size)
     file = tmp_path / "list.json"
     rng = random.Random(0)
     for indent in (None, 2):
         records = [{"a": rng.random(), "é": ["]", "\n", {"b": None}] * rng.randrange(3)} for _ in range(20)]
         records += [12, -3.5e7, True, "x,]", [], {}]
         file.write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8-sig")
-        read = list(annotations_mmgpt.read_file(str(file), None, "dolly", {}))
+        read = list(annotation_files.read_file(str(file), None, "dolly", {}))
         assert [record for _, _, record, _ in read] == records and [n for n, *_ in read] == list(range(26))
         assert [json.loads(text) for _, text, _, _ in read] == records
     for wrong in ("[1, 2", "[1,]", "[1 2]", "[1] 2", "[,]", '[{"a": }]', "["):
         file.write_text(wrong)
         with pytest.raises(ValueError, match="list.json: wrong JSON"):
-            list(annotations_mmgpt.read_file(str(file), None, "dolly", {}))
+            list(annotation_files.read_file(str(file), None, "dolly", {}))
     file.write_text(" [ ] ")
-    assert list(annotations_mmgpt.read_file(str(file), None, "dolly", {})) == []
+    assert list(annotation_files.read_file(str(file), None, "dolly", {})) == []

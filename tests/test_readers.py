@@ -14,9 +14,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
-from processing_mmgpt.annotations_mmgpt import join_vqa, read_file
-from processing_mmgpt.phrases_mmgpt import CONFIRM, DESCRIBE, OPINION, REASON
-from processing_mmgpt.readers_mmgpt import READERS, TEXT_READERS, swap_sides
+from processing_mmgpt.data.annotations import join_vqa, read_file
+from processing_mmgpt.data.phrases import CONFIRM, DESCRIBE, OPINION, REASON
+from processing_mmgpt.data.readers import READERS, TEXT_READERS, swap_sides
 
 
 GOLDENS = Path(__file__).parent / "goldens"

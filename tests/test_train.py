@@ -32,7 +32,7 @@ from modeling_mmgpt import MMGPTForConditionalGeneration
 from modeling_mmgpt.adapters_mmgpt import lora_config, new_token_rows, quantization_config
 from modeling_mmgpt.training_mmgpt import compile_parts, decayed_weights
 from processing_mmgpt import MMGPTCollator
-from processing_mmgpt.samples_mmgpt import reply
+from processing_mmgpt.evaluation.samples import reply
 
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, MMGPTProcessor
 from processing_mmgpt import videos_mmgpt as videos
-from processing_mmgpt.annotations_mmgpt import read_record
+from processing_mmgpt.data.annotations import read_record
 from processing_mmgpt.videos_mmgpt import open_video
 
 

@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
 from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
-from processing_mmgpt.collator_mmgpt import IGNORED
+from processing_mmgpt.data.collator import IGNORED
 from processing_mmgpt.processing_mmgpt import add_control_tokens, pad_rows
 
 from . import corpus

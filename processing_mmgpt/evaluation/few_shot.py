@@ -26,14 +26,14 @@ from torch.nn.functional import cosine_similarity, normalize
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
-from .messages_mmgpt import IMAGE_SOURCES, normalise, take_images
-from .processing_mmgpt import MMGPTProcessor
+from ..messages_mmgpt import IMAGE_SOURCES, normalise, take_images
+from ..processing_mmgpt import MMGPTProcessor
 
 
 Record = dict[str, list]
 Extract = Callable[[Sequence[Any]], torch.Tensor]  # pictures -> features (K, D)
 
-TEMPLATE = Path(__file__).with_name("few_shot_template_mmgpt.jinja").read_text(encoding="utf-8")
+TEMPLATE = Path(__file__).with_name("few_shot_template.jinja").read_text(encoding="utf-8")
 
 # The prompts of OpenFlamingo's evaluation, and what stands between two examples there:
 # https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/eval/models/open_flamingo.py

@@ -1,4 +1,4 @@
-"""Readers of dialogues and of text alone, and the parts that all readers share; see `readers_mmgpt`."""
+"""Readers of dialogues and of text alone, and the parts that all readers share; see `readers`."""
 
 import random
 import re

@@ -15,11 +15,11 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from .annotations_mmgpt import MESSAGES, is_lines, read_record
-from .pictures_mmgpt import open_picture
-from .readers_mmgpt import READERS, TEXT_READERS
-from .skips_mmgpt import log_skip
-from .tables_mmgpt import COLUMNS, open_annotations
+from ..image_files_mmgpt import open_image
+from .annotations import MESSAGES, is_lines, read_record
+from .readers import READERS, TEXT_READERS
+from .skip_log import log_skip
+from .tables import COLUMNS, open_annotations
 
 
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -77,7 +77,7 @@ class Mixture:
         on_bad_record: What to do about a record that lacks something: `"raise"` or `"skip"`.
         on_bad_image: What to do about a picture that is missing or broken: `"raise"`, `"skip"`: another row of the
             source stands in (streamed: the row is left out), or `"blank"`: a black picture stands in.
-        skip_log: The file that names each row which was skipped or got a black picture; see `skips_mmgpt.count_skips`.
+        skip_log: The file that names each row which was skipped or got a black picture; see `skip_log.count_skips`.
     """
 
     sources: list[Source]
@@ -415,7 +415,7 @@ class Reading:
         parts: The rows of each source, for one to stand in for another; empty in a streamed mixture.
         log: Called with mixture, source, row and problem of each row that is skipped or gets a black picture.
         open: Called with each picture, the black ones too, for what stands in the record, as
-            [`~processing_mmgpt.latents_mmgpt.keep_latents`] does; by default pictures stay as `on_bad_image` needs
+            [`~processing_mmgpt.data.latents.keep_latents`] does; by default pictures stay as `on_bad_image` needs
             them. What it raises is a picture that cannot be read.
     """
 
@@ -473,7 +473,7 @@ class Reading:
         if isinstance(image, dict | list):
             return image  # a video, which no policy is for: whoever makes pixels of it opens it
         if self.mixture.on_bad_image != "raise":
-            return open_picture(image)
+            return open_image(image)
         if isinstance(image, str) and not image.startswith("data:") and not os.path.isfile(image):
             raise FileNotFoundError(image)
         return image  # whoever makes pixels of it opens it

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from .dialogues_mmgpt import (
+from .dialogues import (
     Record,
     exchange,
     field,
@@ -26,7 +26,7 @@ from .dialogues_mmgpt import (
     read_llava_dial,
     strings,
 )
-from .phrases_mmgpt import CONFIRM, DESCRIBE, OPINION, REASON
+from .phrases import CONFIRM, DESCRIBE, OPINION, REASON
 
 
 Reader = Callable[[Record, random.Random], Record]

@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .messages_mmgpt import image_parts, normalise
-from .processing_mmgpt import MMGPTProcessor
+from ..messages_mmgpt import image_parts, normalise
+from ..processing_mmgpt import MMGPTProcessor
 
 
 class SampleCallback(TrainerCallback):

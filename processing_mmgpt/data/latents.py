@@ -6,13 +6,11 @@ cache of `datasets`, which all processes and workers share. A table gets its nam
 all that its latents depend on: what has changed is never found, and made anew.
 """
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -24,11 +22,12 @@ from safetensors.torch import load, save
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from .fetching_mmgpt import PictureError, shorten
-from .image_processing_mmgpt import MMGPTImageProcessor
-from .mixture_mmgpt import BLANK, Reading, has_pictures
+from ..image_files_mmgpt import ImageError, shorten
+from ..image_processing_mmgpt import MMGPTImageProcessor
+from .mixture import BLANK, Reading, has_pictures
 
 
+FORMAT = "1"  # to be raised where pixels are made in another way: latents of others are not used
 PICTURES_PER_TABLE = 2_048  # what a killed run loses at most, and what is made anew where one picture has changed
 PICTURES_PER_BATCH = 32
 COLUMNS = datasets.Features({"latents": datasets.Value("binary"), "problem": datasets.Value("string")})
@@ -52,7 +51,7 @@ def keep_latents(
     that end a run without latents: videos, and pictures too long and thin to be resized.
 
     Args:
-        data: From [`~processing_mmgpt.mixture_mmgpt.load_instruction_dataset`], not streamed, or rows of it.
+        data: From [`~processing_mmgpt.data.mixture.load_instruction_dataset`], not streamed, or rows of it.
         image_processor: Turns pictures into pixels.
         encode: `pixel_values` `(B, M, F, 3, size, size)` and `num_frames` `(B, M)` to `(B, M, N, D_vision)`, as
             [`~modeling_mmgpt.training_mmgpt.frozen_encoder`] makes it.
@@ -71,7 +70,7 @@ def keep_latents(
     places = _find_pictures(reading)
     keys, size = list(places), PICTURES_PER_TABLE
     tables = [{key: places[key] for key in keys[start : start + size]} for start in range(0, len(keys), size)]
-    fingerprint = f"{fingerprint} {image_processor.to_json_string()} {_code()}"
+    fingerprint = f"{fingerprint} {image_processor.to_json_string()} {FORMAT}"
     make = partial(_open_table, reading, image_processor, encode, fingerprint, num_workers)
     state = PartialState()
     first = state.process_index * len(tables) // state.num_processes
@@ -181,16 +180,9 @@ def _look_up(table: datasets.Dataset, index: np.ndarray, order: np.ndarray, imag
         raise RuntimeError(f"{shorten(str(image))} has changed while the run goes on: start it again.")
     kept = table[int(order[at])]
     if kept["problem"] is not None:
-        raise PictureError(kept["problem"])
+        raise ImageError(kept["problem"])
     return {"type": "latents", **load(kept["latents"])}
 
 
 def _no_log(*_) -> None:
     """Log nothing: a row is logged when it is read to be trained on."""
-
-
-@functools.cache
-def _code() -> str:
-    """What makes pixels; latents of pixels that others made are not used."""
-    files = [Path(__file__).with_name(f"{name}_mmgpt.py") for name in ("image_processing", "pictures", "videos")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -1,6 +1,6 @@
 r"""A report on a mixture, to be read before a training is paid for.
 
-    python -m processing_mmgpt.report_mmgpt mixture.yaml --processor FOLDER --output report --max_length 512
+    python -m processing_mmgpt.data.report mixture.yaml --processor FOLDER --output report --max_length 512
 
 It reads every row once, one at a time: rows for each source, records that cannot be read, pictures missing or broken,
 lengths in tokens, rows that are too long, the lengths of answers, and three samples with what is learnt in colour.
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .collator_mmgpt import MMGPTCollator
-from .mixture_mmgpt import Mixture, Reading, Source, has_pictures, open_source, read_mixture
-from .processing_mmgpt import MMGPTProcessor
+from ..processing_mmgpt import MMGPTProcessor
+from .collator import MMGPTCollator
+from .mixture import Mixture, Reading, Source, has_pictures, open_source, read_mixture
 
 
 SHORT = 5  # words that a short answer has at most

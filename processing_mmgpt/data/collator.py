@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .messages_mmgpt import image_parts, normalise
-from .processing_mmgpt import MMGPTProcessor, pad_rows
-from .skips_mmgpt import log_skip
+from ..messages_mmgpt import image_parts, normalise
+from ..processing_mmgpt import MMGPTProcessor, pad_rows
+from .skip_log import log_skip
 
 
 IGNORED = -100
@@ -35,7 +35,7 @@ class MMGPTCollator:
         max_length: The most tokens a row may have; `None` for no limit.
         packing: Put several conversations into a row.
         skip_log: Where a conversation leaves nothing to learn from, skip it and add a line to this file, which
-            [`~processing_mmgpt.skips_mmgpt.count_skips`] counts; `None` to raise.
+            [`~processing_mmgpt.data.skip_log.count_skips`] counts; `None` to raise.
         pad_to_multiple_of: Pad the batch to a multiple of so many tokens.
         placeholder_picture: Give a batch without any picture a zero one, which no token attends to. Training sharded
             over processes (FSDP, ZeRO-3) needs it, since all of them have to touch the same parameters. Where records

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from .messages_mmgpt import normalise, take_images
-from .readers_mmgpt import READERS
+from ..messages_mmgpt import normalise, take_images
+from .readers import READERS
 
 
 MESSAGES = "messages"  # the reader of records that are in our form already
