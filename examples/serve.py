@@ -232,7 +232,7 @@ class ChatHandler(ChatCompletionHandler):
         async with self.decoding:
             messages = await asyncio.to_thread(to_messages, chat, processor, self.policy)
             prompt = await asyncio.to_thread(processor.encode_chat, messages, add_generation_prompt=True)
-        length = len(prompt["input_ids"])
+        length = len(prompt.input_ids)
         if length >= self.longest:
             raise ValueError(f"The chat has {length} tokens; with the reply the model has room for {self.longest}.")
         wanted = chat.max_completion_tokens or chat.max_tokens or self.max_new_tokens

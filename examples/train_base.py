@@ -89,7 +89,7 @@ def main() -> None:
     config.remove_unused_columns = False
     config.accelerator_config.dispatch_batches = False  # a process reads its own rows; sent around, ragged ones break
     collator = MMGPTCollator(
-        processor, max_length=script.max_length, placeholder_picture=config.world_size > 1, template=DOCUMENT
+        processor, max_length=script.max_length, placeholder_image=config.world_size > 1, template=DOCUMENT
     )
     trainer = BaseTrainer(
         model=model, args=config, train_dataset=data, data_collator=collator, processing_class=processor

@@ -37,6 +37,7 @@ from modeling_mmgpt.training_mmgpt import (
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
 from processing_mmgpt.data.latents import keep_latents
 from processing_mmgpt.evaluation.samples import SampleCallback
+from processing_mmgpt.messages_mmgpt import Latents
 
 
 @dataclass
@@ -104,9 +105,9 @@ def cache_pictures(trainer: Trainer) -> None:
     trainer.train_dataset = keep_latents(trainer.train_dataset, *given)
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = keep_latents(trainer.eval_dataset, *given)
-    if collator.placeholder_picture:
+    if collator.placeholder_image:
         zero = encode(torch.zeros(1, 1, 3, image_processor.size, image_processor.size))
-        collator.placeholder_picture = {"type": "latents", "latents": zero[0, 0].cpu()}
+        collator.placeholder_image = Latents(zero[0, 0].cpu())
 
 
 def main() -> None:
@@ -127,7 +128,7 @@ def main() -> None:
     config.dataset_kwargs = {"skip_prepare_dataset": True}
     config.remove_unused_columns = False
     config.accelerator_config.dispatch_batches = False  # a process reads its own rows; sent around, ragged ones break
-    collator = MMGPTCollator(processor, max_length, packing, placeholder_picture=config.world_size > 1)
+    collator = MMGPTCollator(processor, max_length, packing, placeholder_image=config.world_size > 1)
     trainer = Trainer(
         model=model,
         args=config,

@@ -24,6 +24,7 @@ from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, load_instructio
 from processing_mmgpt.data import latents as latent_tables
 from processing_mmgpt.data.latents import keep_latents
 from processing_mmgpt.data.skip_log import count_skips
+from processing_mmgpt.messages_mmgpt import Latents
 
 
 SIDE = 8
@@ -118,7 +119,7 @@ def kept(data, fingerprint="one", image_processor=PIXELS):
     """The records of some data with their latents, and how many pictures were encoded for them."""
     encoder = Encoder()
     records = keep_latents(data, image_processor, encoder, fingerprint)[:]
-    return [[image["latents"] for image in images] for images in records["images"]], encoder.pictures
+    return [[image.tensor for image in images] for images in records["images"]], encoder.pictures
 
 
 def expected(data):
@@ -278,4 +279,4 @@ def test_streams_and_other_datasets_are_refused(tmp_path):
 
 def test_pixels_and_latents_in_one_batch_are_refused(processor, picture):
     with pytest.raises(ValueError, match="latents and some are not"):
-        processor.stack_pictures([[picture(0)], [{"type": "latents", "latents": torch.zeros(2, 3)}]])
+        processor.image_processor.stack([[picture(0)], [Latents(torch.zeros(2, 3))]])

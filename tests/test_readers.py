@@ -131,7 +131,7 @@ def test_ids_and_labels_are_those_of_the_reference(llama, name, golden):
         assert name in reasons, "only what is fixed may differ"
         return
     row = llama.encode_chat(conversation["messages"], conversation["images"])
-    ids, learnt = row["input_ids"], "".join(map(str, row["assistant_masks"]))
+    ids, learnt = row.input_ids, "".join(map(str, row.learnt))
     if len(golden["turns"]) > 1:  # it writes a BOS before each turn
         assert name == "baize"
         return

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from ..image_files_mmgpt import ImageError, shorten
 from ..image_processing_mmgpt import MMGPTImageProcessor
+from ..messages_mmgpt import Latents, Video
 from .mixture import BLANK, Reading, has_pictures
 
 
@@ -59,7 +60,7 @@ def keep_latents(
         num_workers: Worker processes that open pictures.
 
     Returns:
-        The same rows; an image of a record is `{"type": "latents", "latents": (N, D_vision)}`.
+        The same rows; an image of a record is [`~processing_mmgpt.messages_mmgpt.Latents`].
 
     Raises:
         ValueError: If `data` is streamed or no mixture, or on a picture that cannot be read.
@@ -91,8 +92,8 @@ def picture_key(image: Any) -> str:
     Raises:
         FileNotFoundError: If there is no such file.
     """
-    if isinstance(image, dict):
-        image = f"data:video {picture_key(image['video'])}"
+    if isinstance(image, Video):
+        image = f"data:video {picture_key(image.source)}"
     elif isinstance(image, list | tuple):
         image = f"data:frames {' '.join(map(picture_key, image))}"
     elif isinstance(image, Image.Image):
@@ -181,7 +182,7 @@ def _look_up(table: datasets.Dataset, index: np.ndarray, order: np.ndarray, imag
     kept = table[int(order[at])]
     if kept["problem"] is not None:
         raise ImageError(kept["problem"])
-    return {"type": "latents", **load(kept["latents"])}
+    return Latents(load(kept["latents"])["latents"])
 
 
 def _no_log(*_) -> None:

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from ..image_files_mmgpt import open_image
+from ..messages_mmgpt import Video
 from .annotations import MESSAGES, is_lines, read_record
 from .readers import READERS, TEXT_READERS
 from .skip_log import log_skip
@@ -470,7 +471,7 @@ class Reading:
 
     def picture(self, image: Any) -> Any:
         """Open a picture where a bad one is not to raise; whether the file is there is seen in any case."""
-        if isinstance(image, dict | list):
+        if isinstance(image, Video | list):
             return image  # a video, which no policy is for: whoever makes pixels of it opens it
         if self.mixture.on_bad_image != "raise":
             return open_image(image)

@@ -76,8 +76,7 @@ def examine(
     """
     findings, samples = Findings(), []
     for record in _records(source, mixture, findings, limit):
-        row = processor.encode_chat(record["messages"], record["images"])
-        length = len(row["input_ids"])
+        length = len(processor.encode_chat(record["messages"], record["images"]).input_ids)
         findings.tokens[length // TOKEN_BIN] += 1
         findings.longest = max(findings.longest, length)
         if max_length is not None and length > max_length:
@@ -152,9 +151,9 @@ def _quantile(counts: Counter, share: float) -> int:
 
 def render(record: dict[str, Any], processor: MMGPTProcessor) -> str:
     """Render a record as it is tokenized, with what is learnt in colour."""
-    row = processor.encode_chat(record["messages"], record["images"])
+    chat = processor.encode_chat(record["messages"], record["images"])
     text, run, inside = "", [], 0
-    for token, learnt in [*zip(row["input_ids"], row["assistant_masks"], strict=True), (None, None)]:
+    for token, learnt in [*zip(chat.input_ids, chat.learnt, strict=True), (None, None)]:
         if run and learnt != inside:
             # Somebody else's text on somebody's terminal: no control characters but line breaks and tabs.
             piece = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "?", processor.tokenizer.decode(run))
