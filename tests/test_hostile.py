@@ -29,7 +29,7 @@ from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration
 from modeling_mmgpt.converting_mmgpt import convert_lora
 from modeling_mmgpt.old_files_mmgpt import read_weights
 from processing_mmgpt import MMGPTImageProcessor, load_instruction_dataset
-from processing_mmgpt.data.mixture import read_mixture
+from processing_mmgpt.data.recipe import read_mixture
 from processing_mmgpt.data.skip_log import count_skips
 from processing_mmgpt.image_files_mmgpt import OWN_IMAGES, ImagePolicy, open_image
 

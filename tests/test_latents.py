@@ -46,7 +46,7 @@ def _own_cache(tmp_path, monkeypatch):
 def watch(cache: Path, shard: bool = False) -> None:
     """Use a cache of one's own, and print how many pictures the tower gets."""
     use_cache(cache)
-    latent_tables.PICTURES_PER_BATCH = 1
+    latent_tables.IMAGES_PER_BATCH = 1
     tower = modeling_mmgpt.patch_tokens
 
     def watched(model, pixels):
@@ -129,7 +129,7 @@ def expected(data):
 
 @pytest.fixture
 def tables_of_three(monkeypatch):
-    monkeypatch.setattr(latent_tables, "PICTURES_PER_TABLE", 3)
+    monkeypatch.setattr(latent_tables, "IMAGES_PER_TABLE", 3)
 
 
 def source(folder: Path, count: int) -> dict:
@@ -176,7 +176,7 @@ def die(pixel_values, num_frames):
 
 def keep_and_die(cache: Path, mixture: dict) -> None:
     use_cache(cache)
-    latent_tables.PICTURES_PER_TABLE, latent_tables.PICTURES_PER_BATCH = 3, 1
+    latent_tables.IMAGES_PER_TABLE, latent_tables.IMAGES_PER_BATCH = 3, 1
     keep_latents(load_instruction_dataset(mixture), PIXELS, die, "one")
 
 

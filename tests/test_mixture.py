@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from processing_mmgpt.data import annotations as annotation_files
 from processing_mmgpt.data.annotations import confined
-from processing_mmgpt.data.mixture import load_instruction_dataset, read_mixture
+from processing_mmgpt.data.mixture import load_instruction_dataset
 from processing_mmgpt.data.readers import READERS, TEXT_READERS
+from processing_mmgpt.data.recipe import read_mixture
 from processing_mmgpt.data.report import LEARNT, PLAIN, draw, report
 from processing_mmgpt.data.skip_log import count_skips
 

@@ -13,13 +13,15 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..processing_mmgpt import MMGPTProcessor
 from .collator import MMGPTCollator
-from .mixture import Mixture, Reading, Source, has_pictures, open_source, read_mixture
+from .mixture import open_source
+from .reading import Reading
+from .recipe import Mixture, Source, read_mixture
 
 
 SHORT = 5  # words that a short answer has at most
@@ -93,15 +95,16 @@ def examine(
 
 def _records(source: Source, mixture: Mixture, findings: Findings, limit: int | None) -> Iterator[dict[str, list]]:
     """The records of a source that can be trained on; what is wrong with the others is counted."""
-
-    def count(mixture: Mixture, source: Source, row: dict[str, Any], problem: str) -> None:
-        findings.problems[problem.partition(": ")[0]] += 1
-
-    reading = Reading(replace(mixture, on_bad_record="skip", on_bad_image="skip"), 0, {}, count)
+    reading = Reading(mixture.model_copy(update={"on_bad_image": "skip"}), 0, {})  # so that pictures are opened
     for row in itertools.islice(open_source(source, mixture), limit):
         findings.rows += 1
-        if (record := reading.read(row)) is not None:
-            yield record
+        try:
+            record = reading.record(row)
+            images = [reading.image(image) for image in record["images"]]
+        except ValueError as error:
+            findings.problems[str(error).partition(": ")[0]] += 1
+        else:
+            yield {**record, "images": images}
 
 
 def _too_long(record: dict[str, Any], collator: MMGPTCollator, findings: Findings) -> None:
@@ -196,7 +199,7 @@ def report(
         found, sample = examine(source, mixture, processor, max_length, limit)
         findings[source.name] = found
         samples += sample
-        kind = "with pictures" if has_pictures(source) else "text"
+        kind = "with pictures" if source.has_images() else "text"
         lines += describe(f"{source.name} ({source.reader}, {kind})", found, max_length)
     total = sum(found.rows for found in findings.values())
     bad = sum(sum(found.problems.values()) for found in findings.values())
