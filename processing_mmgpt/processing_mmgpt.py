@@ -139,7 +139,8 @@ class MMGPTProcessor(ProcessorMixin):
             ValueError: On messages that [`~processing_mmgpt.messages_mmgpt.normalise`] refuses, if places and images
                 differ in number, or if the template cannot render them.
         """
-        messages, images = take_images(normalise(messages), images)
+        messages = normalise(messages)
+        _, images = take_images(messages, images)
         return encode(*self._render(messages, **template_kwargs), images, self.tokenizer)
 
     def apply_chat_template(
