@@ -64,15 +64,6 @@ def _means(runs: Runs, panel: list[str]) -> str:
     return "\n".join(lines)
 
 
-def least_gain(report: dict, arm: str, other: str) -> dict[str, float]:
-    """By how much `arm` is above `other` on each skill without pictures, from interval to interval of any seeds."""
-    runs = report["runs"]
-    return {
-        row: min(f["low"] for f in _figures(runs, arm, row)) - max(f["high"] for f in _figures(runs, other, row))
-        for row in TEXT
-    }
-
-
 def draw(report: dict, panels: list[list[str]], path: Path) -> None:
     """Save the figure of a claim as PNG: a dot for each seed."""
     runs = report["runs"]

@@ -132,28 +132,28 @@ def _decode(file, size: int, name: str, policy: ImagePolicy) -> Image.Image:
     if size > policy.max_bytes:
         raise ImageError(f"{name} has {size:,} bytes, more than the {policy.max_bytes:,} that are read.")
     try:
-        picture = Image.open(file, formats=policy.formats)
-        # MPO is JPEG with previews behind it, from a camera.
-        is_animated = picture.format != "MPO" and getattr(picture, "is_animated", False)
+        image = Image.open(file, formats=policy.formats)
+        # MPO is a camera's JPEG, with previews after it.
+        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except UnidentifiedImageError:
         raise ImageError(f"{name} is no picture of a format that is read: {', '.join(policy.formats)}.") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name} has more pixels than the {policy.max_pixels:,} that are read.") from None
     except Exception as error:  # a decoder raises whatever the byte that is wrong leads to
         raise ImageError(_damaged(name)) from error
-    if picture.width * picture.height > policy.max_pixels:
+    if image.width * image.height > policy.max_pixels:
         raise ImageError(
-            f"{name} has {picture.width} x {picture.height} pixels, more than the {policy.max_pixels:,} that are read."
+            f"{name} has {image.width} x {image.height} pixels, more than the {policy.max_pixels:,} that are read."
         )
     if is_animated:
         raise ImageError(f"{name} is animated or has several pages: give one of them as a picture of its own.")
-    return _to_eight_bits(_load(picture, name), name)
+    return _to_eight_bits(_load(image, name), name)
 
 
-def _load(picture: Image.Image, name: str) -> Image.Image:
+def _load(image: Image.Image, name: str) -> Image.Image:
     try:
-        picture.load()
-        return ImageOps.exif_transpose(picture)
+        image.load()
+        return ImageOps.exif_transpose(image)
     except Exception as error:  # as above; and EXIF is a format of its own
         raise ImageError(_damaged(name)) from error
 
@@ -162,13 +162,13 @@ def _damaged(name: str) -> str:
     return f"{name} cannot be read as a picture, it may be damaged or cut short."
 
 
-def _to_eight_bits(picture: Image.Image, name: str) -> Image.Image:
+def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Take the high byte of 16-bit grey, as Pillow does for 16-bit colour; it would clip grey to white, silently."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
         raise ImageError(f"{name} has 32 bits a pixel, without a known range: save it with 8 bits.")
-    return picture
+    return image
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

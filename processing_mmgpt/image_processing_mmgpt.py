@@ -125,7 +125,7 @@ class MMGPTImageProcessor(BaseImageProcessor):
         num_frames = [[len(one) for one in row] + [1] * (pixel_values.shape[1] - len(row)) for row in frames]
         return {"pixel_values": pixel_values, "num_frames": torch.tensor(num_frames)}
 
-    def square(self, picture: Image.Image) -> Image.Image:
+    def square(self, image: Image.Image) -> Image.Image:
         """Resize, crop and convert an upright picture to the RGB one `(size, size)` whose pixels the model sees.
 
         A square one stays as it is. So a server can keep this in place of a picture of any size.
@@ -133,7 +133,7 @@ class MMGPTImageProcessor(BaseImageProcessor):
         Raises:
             ImageError: If the picture is so long and thin that resizing it would take gigabytes.
         """
-        return _crop_centre(_resize_short_side(picture, self.size), self.size).convert("RGB")
+        return _crop_centre(_resize_short_side(image, self.size), self.size).convert("RGB")
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
         """Turn a picture or a list of pictures into `pixel_values` `(K, 3, size, size)`."""
@@ -153,19 +153,19 @@ def _stacked(rows: list[list[torch.Tensor]]) -> torch.Tensor:
     return stacked
 
 
-def _resize_short_side(picture: Image.Image, size: int) -> Image.Image:
+def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
     """As torchvision's `Resize(size)`: the short side becomes `size`, the long one is cut to whole pixels."""
-    width, height = picture.size
+    width, height = image.size
     if min(width, height) == size:
-        return picture
+        return image
     short, long = sorted((width, height))
     long = int(size * long / short)
     if size * long > MAX_RESIZED:
         raise ImageError(f"The picture of {width} x {height} pixels is too long and thin: cut it.")
-    return picture.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
+    return image.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
 
 
-def _crop_centre(picture: Image.Image, size: int) -> Image.Image:
+def _crop_centre(image: Image.Image, size: int) -> Image.Image:
     """As torchvision's `CenterCrop(size)`, which rounds the offset half to even."""
-    left, top = (int(round((side - size) / 2.0)) for side in picture.size)
-    return picture.crop((left, top, left + size, top + size))
+    left, top = (int(round((side - size) / 2.0)) for side in image.size)
+    return image.crop((left, top, left + size, top + size))

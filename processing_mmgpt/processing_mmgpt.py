@@ -1,5 +1,6 @@
 """The processor: chat messages and images to ids and pixels. It owns every string and every token."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class MMGPTProcessor(ProcessorMixin):
     ):
         if chat_template is None:
             chat_template = Path(__file__).with_name("chat_template_mmgpt.jinja").read_text(encoding="utf-8")
+        tokenizer = copy.copy(tokenizer)  # the caller's pads as before
+        tokenizer.padding_side = "left"  # pipelines pad with the tokenizer; our own calls say which side they mean
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         missing = {IMAGE_TOKEN, END_OF_CHUNK_TOKEN} - set(tokenizer.all_special_tokens)
         if missing or not tokenizer.is_fast:
@@ -303,14 +306,10 @@ class MMGPTProcessor(ProcessorMixin):
 
 
 def add_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Get a tokenizer ready, in place: `<|endofchunk|>`, `<image>` and, if it has no padding token, `<PAD>`.
-
-    It pads on the left from then on: pipelines pad with the tokenizer, our own calls say which side they mean.
-    """
+    """Give a tokenizer `<|endofchunk|>`, `<image>` and, if it has no padding token, `<PAD>`, in place."""
     tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK_TOKEN, IMAGE_TOKEN]})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    tokenizer.padding_side = "left"
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str, width: int) -> list[list[int]]:

@@ -115,7 +115,7 @@ def split_hidden(rendered: str, tokens: list[str]) -> Iterator[tuple[str, int, b
         Each piece as it is meant, its length in `rendered`, and whether it is a control token that has to stay text.
 
     Raises:
-        ValueError: If what stands behind a private character is not what was put there.
+        ValueError: If what follows a private character is not what was put there.
     """
     hidden = [HIDDEN, *tokens]
     for number, piece in enumerate(re.split(f"{HIDDEN}(.)", rendered, flags=re.DOTALL)):

@@ -134,5 +134,5 @@ def _frames_at(frames: Iterator[Any], times: list[Fraction]) -> Iterator[Image.I
 
 def _upright(frame: Any) -> Image.Image:
     """Turn a frame as its file says, as `exif_transpose` does a picture."""
-    picture = frame.to_image()
-    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -80,7 +80,7 @@ def count_work() -> None:
             model = get_peft_model(base, lora_config(base))
             for tokens, pictures in ((512, 1), (128, 1), (512, 4)):
                 ids, numbers = torch.randint(5, 100, (1, tokens)), torch.arange(1, pictures + 1)[None]
-                given = {"image_latents": torch.empty(1, pictures, 64, shape.vision_width), "image_slots": numbers}
+                given = {"image_latents": torch.empty(1, pictures, 64, shape.vision_width), "image_numbers": numbers}
                 given |= {"attention_mask": torch.ones(1, 1, tokens, tokens, dtype=torch.bool), "labels": ids}
                 pixels = torch.empty(1, pictures, 3, shape.side, shape.side)
                 with FlopCounterMode(display=False) as latents, torch.no_grad():

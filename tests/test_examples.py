@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import highest_by_chance
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -171,7 +172,7 @@ def test_the_quickstart_reaches_its_bars(tmp_path, seed):
     for name, row in report["controls"].items():
         n = row["blank"]["n"]
         for view, chance in (("blank", "majority"), ("swapped", "collision")):
-            highest = evaluation.highest_by_chance(row["prior"][chance], n, rows)
+            highest = highest_by_chance(row["prior"][chance], n, rows)
             assert row[view]["accuracy"] <= highest, (name, view)
 
 

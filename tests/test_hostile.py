@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_converting import LORA, V1, Bomb, arguments, convert
-from test_pictures import FILES, encoded, frames
+from test_image_files import FILES, encoded, frames
 from tiny_world import evaluation
 from transformers.utils import logging as transformers_logging
 

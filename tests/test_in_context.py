@@ -8,9 +8,9 @@ from pathlib import Path
 import in_context
 import pytest
 import torch
-from conftest import note_results
+from conftest import highest_by_chance, note_results
 from PIL import Image
-from tiny_world import corpus, evaluation
+from tiny_world import corpus
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
@@ -91,7 +91,7 @@ def check(rows: list[dict]) -> None:
         assert new[0]["said"]["accuracy"] >= 0.6, rule
     controls = pick(rows, pictures="shuffled")
     for figures in [row[score] for row in controls for score in in_context.SCORES]:
-        highest = evaluation.highest_by_chance(1 / in_context.WAYS, figures["n"], 2 * len(controls))
+        highest = highest_by_chance(1 / in_context.WAYS, figures["n"], 2 * len(controls))
         assert figures["accuracy"] <= highest
     for row in pick(controls, names="trained", shots=8):  # with fewer, it also says names that were not shown
         assert row["said"]["low"] <= 1 / in_context.WAYS <= row["said"]["high"]

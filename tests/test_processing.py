@@ -301,6 +301,22 @@ def test_padding_is_on_the_left_for_generation_and_on_the_right_for_training(pro
     assert processor(text=["a", "ab"], return_tensors=None)["input_ids"][0] == [256, ord("a") - 33]
 
 
+def test_a_tokenizer_that_is_handed_over_pads_as_before(processor):
+    processor.tokenizer.padding_side = "right"
+    again = MMGPTProcessor(processor.image_processor, processor.tokenizer)
+    assert processor.tokenizer.padding_side == "right" and again.tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("where", [{}, {"return_tensors": "auto"}, {"return_tensors": None}])
+@pytest.mark.parametrize("inside", ["pt", "auto", None])
+def test_what_processor_kwargs_say_goes_before(processor, where, inside):
+    given = {**where, "processor_kwargs": {"return_tensors": inside, "padding_side": "left"}}
+    ids = processor.apply_chat_template([[SYSTEM, user("hi")], [SYSTEM, user("hello")]], tokenize=True, **given)
+    assert isinstance(ids, torch.Tensor) == (inside is not None) and ids[0][0] == processor.tokenizer.pad_token_id
+    with pytest.raises(ValueError, match="does not know the processor_kwargs .'truncation'"):
+        processor.apply_chat_template([user("hi")], tokenize=True, processor_kwargs={"truncation": True})
+
+
 @pytest.mark.parametrize("rows", [["<image>a"], ["<image>", "a", "<image>b<image>"], ["a", "b"]])
 def test_flat_and_nested_pictures_are_the_same(processor, picture, rows):
     counts = [row.count("<image>") for row in rows]

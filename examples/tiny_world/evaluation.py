@@ -97,9 +97,3 @@ def measured_with(command: str) -> dict[str, str]:
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
         "versions": ", ".join(f"{name} {version(name)}" for name in packages),
     }
-
-
-def highest_by_chance(share: float, n: int, rows: int) -> float:
-    """Upper Wilson bound of a share seen in `n` trials, at 95 % over `rows` rows together (Bonferroni)."""
-    confidence = 1 - 2 * (1 - CONFIDENCE) / rows
-    return float(binomtest(round(share * n), n).proportion_ci(confidence, method="wilson").high)

@@ -203,7 +203,7 @@ def _read_list(path: str) -> Iterator[tuple[int, str, Any, str | None]]:
             yield number, text[start:end], record, None
             number, at, size = number + 1, closes + 1, CHUNK
         if (text[at:] + _characters(file)).strip():
-            raise ValueError(f"{path}: wrong JSON: something stands behind the list.")
+            raise ValueError(f"{path}: wrong JSON: something follows the list.")
 
 
 def _characters(file: TextIO, size: int = -1) -> str:

@@ -40,7 +40,7 @@ class MMGPTCollator:
         packing: Put several conversations into a row.
         skip_log: Where a conversation leaves nothing to learn from, skip it and add a line to this file, which
             [`~processing_mmgpt.data.skip_log.count_skips`] counts; `None` to raise.
-        pad_to_multiple_of: Pad the batch to a multiple of so many tokens.
+        pad_to_multiple_of: Pad the batch to a multiple of this number of tokens.
         placeholder_image: Give a batch without any image a zero one, which no token attends to. Training sharded over
             processes (FSDP, ZeRO-3) needs it, since all of them have to touch the same parameters. Where records bring
             latents, the [`~processing_mmgpt.messages_mmgpt.Latents`] that stand for it.

@@ -88,5 +88,5 @@ def read_baize(record: Record, rng: random.Random) -> Record:
         turns = turns[1:]
     pairs = [(human, reply) for (_, human), (_, reply) in zip(turns[0::2], turns[1::2], strict=False)]
     if not pairs:
-        raise ValueError("The field 'input' has to hold a [|Human|] turn with an [|AI|] turn behind it.")
+        raise ValueError("The field 'input' has to hold a [|Human|] turn with an [|AI|] turn after it.")
     return dialogue(pairs)

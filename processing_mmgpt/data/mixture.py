@@ -150,7 +150,7 @@ def _take_turns(ratio: tuple[int, int], images: Rows, texts: Rows, seed: int) ->
     """Let rows of both kinds take turns; those with pictures come once each, the others as often as it takes."""
     share = ratio[0] / sum(ratio)
     if isinstance(images, datasets.IterableDataset):
-        probabilities = None if share == 0.5 else [share, 1 - share]  # exactly by turns, or on average
+        probabilities = None if share == 0.5 else [share, 1 - share]  # in strict alternation, or on average
         both = [images, texts.repeat(None)]
         return datasets.interleave_datasets(both, probabilities, seed, stopping_strategy="first_exhausted")
     count = max(1, round(len(images) * ratio[1] / ratio[0]))

@@ -33,7 +33,7 @@ class Source(Checked):
         split: The split of `dataset`.
         revision: The revision of `dataset`.
         where: Fields and the values that records to be kept have in them, such as `{"split": 1}` for OCR-VQA.
-        count: So many rows, drawn without replacement; by default, and if there are fewer, all.
+        count: The most rows to take, drawn without replacement; by default all.
         weight: The share of the source in the mixture, or with a ratio, among the sources of its kind.
         name: What the source is called in messages; by default after its reader.
     """

@@ -12,7 +12,7 @@ def exchange(question: str, answer: str, images: list[str], block: str = "") -> 
 
 
 def dialogue(exchanges: list[tuple[str, str]], *images: str, block: str = "") -> Record:
-    """Make the messages; the images stand before the first question, the input block behind it."""
+    """Make the messages; the images come before the first question, the input block after it."""
     messages = []
     for number, (question, answer) in enumerate(exchanges):
         content = [{"type": "text", "text": question}]

@@ -71,7 +71,7 @@ def examine(
         mixture: A mixture that `read_mixture` read.
         processor: What renders and tokenizes.
         max_length: The most tokens of a row in the training.
-        limit: Look at so many rows only, from the start.
+        limit: The most rows to look at, from the start.
 
     Returns:
         What was found, and a record for a sample, if there is one.
@@ -189,7 +189,7 @@ def report(
         mixture: A mixture that `read_mixture` read.
         processor: What renders and tokenizes.
         max_length: The most tokens of a row in the training.
-        limit: Look at so many rows of each source only.
+        limit: The most rows of each source to look at.
 
     Returns:
         The text, and what was found in each source.
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--processor", required=True, help="folder or Hub id of the model")
     parser.add_argument("--output", type=Path, help="folder for report.txt and report.png")
     parser.add_argument("--max_length", type=int, help="the most tokens of a row in the training")
-    parser.add_argument("--limit", type=int, help="look at so many rows of each source only")
+    parser.add_argument("--limit", type=int, help="the most rows of each source to look at")
     arguments = parser.parse_args()
     processor = MMGPTProcessor.from_pretrained(arguments.processor)
     text, findings = report(read_mixture(arguments.mixture), processor, arguments.max_length, arguments.limit)

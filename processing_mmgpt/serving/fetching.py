@@ -87,7 +87,7 @@ def _public_address(target: SplitResult) -> tuple[str, int]:
     port = target.port or PORTS[target.scheme]
     try:
         found = socket.getaddrinfo(target.hostname, port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:  # a name that is none, to the codec of host names
+    except UnicodeError as error:  # the codec of host names refuses it
         raise OSError(f"{target.hostname} is no host name") from error
     addresses = [entry[4][0] for entry in found]
     if not all(map(is_public, addresses)):
