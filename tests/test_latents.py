@@ -166,6 +166,13 @@ def test_what_has_changed_is_made_anew_and_nothing_else(tmp_path, tables_of_thre
         data[0]
 
 
+def test_latents_of_pixels_that_were_made_in_another_way_are_not_used(tmp_path, monkeypatch):
+    data = load_instruction_dataset({"sources": [source(tmp_path, 3)]})
+    assert [kept(data)[1], kept(data)[1]] == [4, 0]
+    monkeypatch.setattr(latent_tables, "FORMAT", "of another version")
+    assert kept(data)[1] == 4
+
+
 def die(pixel_values, num_frames):
     """Kill this process in the middle of the second table."""
     die.pictures = getattr(die, "pictures", 0) + len(pixel_values)

@@ -14,6 +14,7 @@ from test_readers import EXPECTED, GOLDENS, NEEDED, annotations
 from torch.utils.data import DataLoader
 
 from processing_mmgpt.data import annotations as annotation_files
+from processing_mmgpt.data import tables
 from processing_mmgpt.data.annotations import confined
 from processing_mmgpt.data.mixture import load_instruction_dataset
 from processing_mmgpt.data.readers import READERS, TEXT_READERS
@@ -402,6 +403,15 @@ def test_a_damaged_record_is_named_before_a_training_starts(tmp_path, text, mess
         load_instruction_dataset({"sources": [source]})
     with pytest.raises(ValueError, match=message):
         list(load_instruction_dataset({"sources": [source], "streaming": True}))
+
+
+def test_records_that_another_version_checked_are_checked_anew(tmp_path, monkeypatch):
+    source, checked = {"reader": "dolly", "files": dolly(tmp_path / "a.jsonl", 3)}, []
+    check = tables.problem_of
+    monkeypatch.setattr(tables, "problem_of", lambda *given: checked.append(given) or check(*given))
+    for number, version in ((3, tables.FORMAT), (3, tables.FORMAT), (6, "another")):
+        monkeypatch.setattr(tables, "FORMAT", version)
+        assert len(load_instruction_dataset({"sources": [source]})) == 3 and len(checked) == number
 
 
 @pytest.mark.parametrize(("text", "message"), [("[{]", "wrong JSON: record 0"), ('{"a": 1}', r"holds \['a'\]")])

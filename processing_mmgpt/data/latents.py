@@ -185,7 +185,7 @@ def _load(reading: Reading, image_processor: MMGPTImageProcessor, places: list[P
     return loaded
 
 
-def _look_up(table: datasets.Dataset, index: np.ndarray, order: np.ndarray, image: Any) -> dict[str, Any]:
+def _look_up(table: datasets.Dataset, index: np.ndarray, order: np.ndarray, image: Any) -> Latents:
     """Give the latents of a picture; raise as opening it did, where it cannot be read."""
     key = image_key(image).encode()
     at = np.searchsorted(index, key)
