@@ -223,7 +223,7 @@ class MMGPTProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` `(B, T + T_new)`, and the `pixel_values` of the new images.
         """
         images = [None] * len(conversations) if images is None else images
-        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        end = self.tokenizer.eos_token_id
         reply = sequences[:, attention_mask.shape[1] :]
         is_end = (reply == end).cumsum(dim=1)  # (B, T_reply)
         reply_mask = (is_end - (reply == end).long() == 0).long()  # up to the end token, without the padding behind
@@ -234,16 +234,11 @@ class MMGPTProcessor(ProcessorMixin):
             ids = turn.input_ids[1 if self.tokenizer.bos_token else 0 :]
             rows.append(ids if ended else [end, *ids])
             new_images.append(turn.images)
-        width = max(map(len, rows))
-        new_ids = sequences.new_tensor(pad_rows(rows, pad, "left", width))
-        new_mask = attention_mask.new_tensor(pad_rows([[1] * len(row) for row in rows], 0, "left", width))
-        return BatchFeature(
-            {
-                "input_ids": torch.cat([sequences, new_ids], dim=1),
-                "attention_mask": torch.cat([attention_mask, reply_mask.to(attention_mask), new_mask], dim=1),
-                **self.image_processor.stack(new_images),
-            }
-        )
+        batch = self.batch(rows, new_images, padding=True, padding_side="left")
+        masks = attention_mask, reply_mask.to(attention_mask), batch["attention_mask"].to(attention_mask)
+        batch["input_ids"] = torch.cat([sequences, batch["input_ids"].to(sequences)], dim=1)
+        batch["attention_mask"] = torch.cat(masks, dim=1)
+        return batch
 
     def batch(
         self,
