@@ -19,7 +19,7 @@ from transformers.processing_utils import ProcessorMixin
 
 import processing_mmgpt  # noqa: F401 - for the Auto classes
 from modeling_mmgpt.saving.whole import whole
-from processing_mmgpt.pictures_mmgpt import open_picture
+from processing_mmgpt.image_files_mmgpt import open_image
 
 
 with contextlib.suppress(ImportError):  # Windows has none
@@ -46,7 +46,7 @@ def named(argument: str) -> Path:
 
 def picture_part(path: Path) -> dict:
     """A content part with the picture, opened now: later turns see it as it is now, and a bad one is told at once."""
-    return {"type": "image", "image": open_picture(path), "path": str(path.resolve())}
+    return {"type": "image", "image": open_image(path), "path": str(path.resolve())}
 
 
 def bare(part: dict) -> dict:

@@ -29,7 +29,7 @@ import httpx
 from transformers import AsyncTextIteratorStreamer, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-from processing_mmgpt.pictures_mmgpt import open_picture
+from processing_mmgpt.image_files_mmgpt import open_image
 
 
 BASE = Path(__file__).with_name("tiny_world") / "base"
@@ -89,7 +89,7 @@ def ask(history: list[dict], question: dict) -> list[dict]:
     """
     for path in map(Path, question["files"]):
         try:
-            open_picture(path.read_bytes())
+            open_image(path.read_bytes())
         except (OSError, ValueError) as error:
             raise gr.Error(f"{path.name}: {error}") from error
     if not question["text"].strip():

@@ -3,8 +3,8 @@
     accelerate launch --num_processes 2 examples/evaluate_benchmark.py outputs/quickstart/adapter \
         --benchmark vqav2 --data data/vqav2 --shots 0 4 8 16 32 --output_dir outputs/vqav2
 
-`--data` is the benchmark's folder, files as downloaded (`processing_mmgpt/benchmarks_mmgpt.py` names them; the tiny
-world writes such folders: `python examples/write_benchmarks.py outputs/benchmarks`). Every number of examples is
+`--data` is the benchmark's folder, files as downloaded (`processing_mmgpt/evaluation/benchmarks.py` names them; the
+tiny world writes such folders: `python examples/write_benchmarks.py outputs/benchmarks`). Every number of examples is
 scored once for each seed, which draws the examples. `predictions/SHOTS-SEED/` holds a line of JSON for each query.
 Killed and started again, with the same or another number of processes, it goes on where it was: at most the batches
 under way are lost, and the scores are the same. `scores.json` has the scores and the standard errors over the seeds.
@@ -27,7 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 from modeling_mmgpt.saving.whole import whole
 from modeling_mmgpt.vision_mmgpt import pooled_features
 from processing_mmgpt import MMGPTProcessor
-from processing_mmgpt.benchmarks_mmgpt import (
+from processing_mmgpt.evaluation.benchmarks import (
     BENCHMARKS,
     DECODING,
     QUERY_SET_SIZE,
@@ -38,7 +38,7 @@ from processing_mmgpt.benchmarks_mmgpt import (
     read_samples,
     support_record,
 )
-from processing_mmgpt.few_shot_mmgpt import (
+from processing_mmgpt.evaluation.few_shot import (
     build_index,
     choose_at_random,
     choose_similar,

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 
 import processing_mmgpt  # noqa: F401 - for the Auto classes
 from modeling_mmgpt.vision_mmgpt import pooled_features
-from processing_mmgpt.few_shot_mmgpt import (
+from processing_mmgpt.evaluation.few_shot import (
     build_index,
     choose_at_random,
     choose_similar,

@@ -15,6 +15,7 @@ import asyncio
 import sys
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +38,8 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
 from processing_mmgpt import MMGPTProcessor
-from processing_mmgpt.pictures_mmgpt import PicturePolicy, open_picture
+from processing_mmgpt.image_files_mmgpt import ImagePolicy, open_image
+from processing_mmgpt.serving.fetching import fetch
 
 
 MAX_BODY = 64 * 2**20  # bytes of a request, with all its pictures
@@ -213,7 +215,7 @@ class OneThread(GenerationState):
 class ChatHandler(ChatCompletionHandler):
     """The chat handler of transformers, with our pictures and limits."""
 
-    def __init__(self, manager: OneModel, policy: PicturePolicy, max_new_tokens: int):
+    def __init__(self, manager: OneModel, policy: ImagePolicy, max_new_tokens: int):
         super().__init__(manager, OneThread())
         self.policy, self.max_new_tokens = policy, max_new_tokens
         self.decoding = asyncio.Semaphore(MAX_DECODING)
@@ -230,7 +232,7 @@ class ChatHandler(ChatCompletionHandler):
         async with self.decoding:
             messages = await asyncio.to_thread(to_messages, chat, processor, self.policy)
             prompt = await asyncio.to_thread(processor.encode_chat, messages, add_generation_prompt=True)
-        length = len(prompt["input_ids"])
+        length = len(prompt.input_ids)
         if length >= self.longest:
             raise ValueError(f"The chat has {length} tokens; with the reply the model has room for {self.longest}.")
         wanted = chat.max_completion_tokens or chat.max_tokens or self.max_new_tokens
@@ -250,7 +252,7 @@ class ChatHandler(ChatCompletionHandler):
         return config
 
 
-def to_messages(chat: Chat, processor: MMGPTProcessor, policy: PicturePolicy) -> list[dict]:
+def to_messages(chat: Chat, processor: MMGPTProcessor, policy: ImagePolicy) -> list[dict]:
     """Turn OpenAI's messages into ours, each picture opened under the policy and cut to what the model sees.
 
     Raises:
@@ -266,7 +268,7 @@ def to_messages(chat: Chat, processor: MMGPTProcessor, policy: PicturePolicy) ->
     def ours(part: ImagePart | TextPart) -> dict:
         if isinstance(part, TextPart):
             return part.model_dump()
-        picture = processor.image_processor.square(open_picture(part.image_url.url, policy))
+        picture = processor.image_processor.square(open_image(part.image_url.url, policy))
         return {"type": "image", "image": picture}
 
     return [
@@ -330,7 +332,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"{args.model} cannot be loaded, or its base cannot: {error}")
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
-    policy = PicturePolicy(hosts=tuple(args.image_host))
+    policy = ImagePolicy(fetch=partial(fetch, hosts=args.image_host) if args.image_host else None)
     handler = ChatHandler(OneModel(name, model, processor), policy, args.max_new_tokens)
     uvicorn.run(build_app(handler), host=args.host, port=args.port, limit_concurrency=MAX_CONNECTIONS)
 

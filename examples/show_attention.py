@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from transformers.processing_utils import ProcessorMixin
 
 from modeling_mmgpt.vision_mmgpt import patch_tokens
-from processing_mmgpt.pictures_mmgpt import open_picture
+from processing_mmgpt.image_files_mmgpt import open_image
 
 
 MODES = ("preceding", "all_preceding", "following")
@@ -110,7 +110,7 @@ def encode(processor: ProcessorMixin, messages: list[dict], reply: str) -> tuple
 
 def crop(processor: ProcessorMixin, source: str) -> Image.Image:
     """The part of a picture that the model gets to see: the square in its middle."""
-    picture = ImageOps.exif_transpose(open_picture(source)).convert("RGB")
+    picture = ImageOps.exif_transpose(open_image(source)).convert("RGB")
     return ImageOps.fit(picture, (max(256, processor.image_processor.size),) * 2)
 
 

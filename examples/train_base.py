@@ -27,7 +27,7 @@ from modeling_mmgpt import MMGPTForConditionalGeneration
 from modeling_mmgpt.training.checkpoints import TrainerMixin, last_checkpoint
 from modeling_mmgpt.training.weights import keep_rows
 from processing_mmgpt import MMGPTCollator, MMGPTProcessor, load_instruction_dataset
-from processing_mmgpt.few_shot_mmgpt import TEMPLATE
+from processing_mmgpt.evaluation.few_shot import TEMPLATE
 
 
 # The few-shot form without its words. Learnt is the text behind pictures, up to `<|endofchunk|>`, as in OpenFlamingo:
@@ -90,7 +90,7 @@ def main() -> None:
     config.remove_unused_columns = False
     config.accelerator_config.dispatch_batches = False  # a process reads its own rows; sent around, ragged ones break
     collator = MMGPTCollator(
-        processor, max_length=script.max_length, placeholder_picture=config.world_size > 1, template=DOCUMENT
+        processor, max_length=script.max_length, placeholder_image=config.world_size > 1, template=DOCUMENT
     )
     trainer = BaseTrainer(
         model=model, args=config, train_dataset=data, data_collator=collator, processing_class=processor

@@ -9,7 +9,7 @@ Each line of the file is one record; pictures are paths relative to the file, on
                   {"role": "assistant", "content": "A cat."}], "images": ["cat.png"]}
 
 Records with pictures and records without may stand in one file. In its place, a YAML file mixes public instruction
-sets (`examples/recipes`, `processing_mmgpt/mixture_mmgpt.py`). All options of `trl.SFTConfig` are options here, on the
+sets (`examples/recipes`, `processing_mmgpt/data/mixture.py`). All options of `trl.SFTConfig` are options here, on the
 command line or, with `--config examples/recipes/lora.yaml`, in a file. What killed the run does not matter: the same
 command with `--resume` goes on. Many GPUs: `docs/scaling.md`.
 """
@@ -31,8 +31,9 @@ from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
 from modeling_mmgpt.training.checkpoints import TrainerMixin, last_checkpoint
 from modeling_mmgpt.training.latents import frozen_encoder
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
-from processing_mmgpt.latents_mmgpt import keep_latents
-from processing_mmgpt.samples_mmgpt import SampleCallback
+from processing_mmgpt.data.latents import keep_latents
+from processing_mmgpt.evaluation.samples import SampleCallback
+from processing_mmgpt.messages_mmgpt import Latents
 
 
 @dataclass
@@ -100,9 +101,9 @@ def cache_pictures(trainer: Trainer) -> None:
     trainer.train_dataset = keep_latents(trainer.train_dataset, *given)
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = keep_latents(trainer.eval_dataset, *given)
-    if collator.placeholder_picture:
+    if collator.placeholder_image:
         zero = encode(torch.zeros(1, 1, 3, image_processor.size, image_processor.size))
-        collator.placeholder_picture = {"type": "latents", "latents": zero[0, 0].cpu()}
+        collator.placeholder_image = Latents(zero[0, 0].cpu())
 
 
 def main() -> None:
@@ -123,7 +124,7 @@ def main() -> None:
     config.dataset_kwargs = {"skip_prepare_dataset": True}
     config.remove_unused_columns = False
     config.accelerator_config.dispatch_batches = False  # a process reads its own rows; sent around, ragged ones break
-    collator = MMGPTCollator(processor, max_length, packing, placeholder_picture=config.world_size > 1)
+    collator = MMGPTCollator(processor, max_length, packing, placeholder_image=config.world_size > 1)
     trainer = Trainer(
         model=model,
         args=config,

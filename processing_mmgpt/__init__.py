@@ -4,7 +4,7 @@ from importlib import import_module
 
 from transformers import AutoImageProcessor, AutoProcessor
 
-from .collator_mmgpt import MMGPTCollator
+from .data.collator import MMGPTCollator
 from .image_processing_mmgpt import MMGPTImageProcessor
 from .processing_mmgpt import MMGPTProcessor
 
@@ -22,7 +22,7 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 
-LAZY = {"READERS": "readers_mmgpt", "load_instruction_dataset": "mixture_mmgpt"}
+LAZY = {"READERS": "data.readers", "load_instruction_dataset": "data.mixture"}
 
 
 def __getattr__(name: str):

@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .fetching_mmgpt import PictureError
-from .pictures_mmgpt import open_picture
+from .image_files_mmgpt import ImageError, open_image
+from .messages_mmgpt import Latents, Video
 from .videos_mmgpt import open_video
 
 
@@ -71,36 +71,69 @@ class MMGPTImageProcessor(BaseImageProcessor):
         self.max_num_frames = max_num_frames
 
     def pixels(self, picture: Image.Image | np.ndarray | str | bytes) -> torch.Tensor:
-        """Turn one picture, given in any form of `open_picture`, into floats `(3, size, size)`."""
-        pixels = torch.from_numpy(np.array(self.square(open_picture(picture))))  # (size, size, 3), bytes
+        """Turn one picture, given in any form of `open_image`, into floats `(3, size, size)`."""
+        pixels = torch.from_numpy(np.array(self.square(open_image(picture))))  # (size, size, 3), bytes
         pixels = pixels.permute(2, 0, 1).contiguous()  # (3, size, size)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         return pixels.float().div(255).sub(mean).div(std)
 
-    def frames(self, picture: Any) -> torch.Tensor:
-        """Turn a picture or a video into floats `(F, 3, size, size)`.
+    def frames(self, image: Any) -> torch.Tensor:
+        """Turn an image or a video into floats `(F, 3, size, size)`.
 
         Args:
-            picture: A picture, of which `F` is 1; a list of pictures, the frames of a video, all of which are taken;
-                or `{"type": "video", "video": file}`, a path or bytes, which is sampled at `video_fps`.
+            image: An image, of which `F` is 1; a list of images, the frames of a video, all of which are taken; or a
+                [`~processing_mmgpt.messages_mmgpt.Video`], which is sampled at `video_fps`.
         """
-        if isinstance(picture, dict) and picture.get("type") == "video":
-            picture = open_video(picture["video"], self.video_fps, self.max_num_frames)
-        if isinstance(picture, list | tuple):
-            if not picture:
+        if isinstance(image, Video):
+            image = open_video(image.source, self.video_fps, self.max_num_frames)
+        if isinstance(image, list | tuple):
+            if not image:
                 raise ValueError("A video needs at least one frame; the list is empty.")
-            return torch.stack([self.pixels(frame) for frame in picture])
-        return self.pixels(picture)[None]
+            return torch.stack([self.pixels(frame) for frame in image])
+        return self.pixels(image)[None]
 
-    def square(self, picture: Image.Image) -> Image.Image:
+    def stack(self, images: list[list]) -> dict[str, torch.Tensor]:
+        """Stack the images of each row, zeros where a row has fewer.
+
+        Args:
+            images: For each row its images and videos, in the forms of [`frames`]; or for all rows
+                [`~processing_mmgpt.messages_mmgpt.Latents`].
+
+        Returns:
+            Nothing if no row has an image; else `pixel_values` `(B, M, 3, size, size)`, or with a video
+            `(B, M, F, 3, size, size)` and `num_frames` `(B, M)`; of latents, `image_latents` `(B, M, N, D_vision)`.
+
+        Raises:
+            ValueError: If there are latents and images: a batch has one of them. Or with the row, as [`frames`].
+        """
+        flat = [image for row in images for image in row]
+        if not flat:
+            return {}
+        if any(isinstance(image, Latents) for image in flat):
+            if not all(isinstance(image, Latents) for image in flat):
+                raise ValueError("Some pictures of the batch are latents and some are not: give either for all.")
+            return {"image_latents": _stacked([[image.tensor for image in row] for row in images])}
+        frames: list[list[torch.Tensor]] = []  # each (F, 3, size, size)
+        for number, row in enumerate(images):
+            try:
+                frames.append([self.frames(image) for image in row])
+            except ValueError as error:
+                raise ValueError(f"Row {number}: {error}") from error
+        pixel_values = _stacked(frames)
+        if not any(isinstance(image, list | tuple | Video) for image in flat):
+            return {"pixel_values": pixel_values[:, :, 0]}
+        num_frames = [[len(one) for one in row] + [1] * (pixel_values.shape[1] - len(row)) for row in frames]
+        return {"pixel_values": pixel_values, "num_frames": torch.tensor(num_frames)}
+
+    def square(self, image: Image.Image) -> Image.Image:
         """Resize, crop and convert an upright picture to the RGB one `(size, size)` whose pixels the model sees.
 
         A square one stays as it is. So a server can keep this in place of a picture of any size.
 
         Raises:
-            PictureError: If the picture is so long and thin that resizing it would take gigabytes.
+            ImageError: If the picture is so long and thin that resizing it would take gigabytes.
         """
-        return _crop_centre(_resize_short_side(picture, self.size), self.size).convert("RGB")
+        return _crop_centre(_resize_short_side(image, self.size), self.size).convert("RGB")
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
         """Turn a picture or a list of pictures into `pixel_values` `(K, 3, size, size)`."""
@@ -110,19 +143,29 @@ class MMGPTImageProcessor(BaseImageProcessor):
     __call__ = preprocess
 
 
-def _resize_short_side(picture: Image.Image, size: int) -> Image.Image:
+def _stacked(rows: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Stack tensors that may differ in their first dimension to `(B, M, ...)`, zeros where there is none."""
+    flat = [one for row in rows for one in row]
+    stacked = flat[0].new_zeros(len(rows), max(map(len, rows)), max(map(len, flat)), *flat[0].shape[1:])
+    for number, row in enumerate(rows):
+        for column, one in enumerate(row):
+            stacked[number, column, : len(one)] = one
+    return stacked
+
+
+def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
     """As torchvision's `Resize(size)`: the short side becomes `size`, the long one is cut to whole pixels."""
-    width, height = picture.size
+    width, height = image.size
     if min(width, height) == size:
-        return picture
+        return image
     short, long = sorted((width, height))
     long = int(size * long / short)
     if size * long > MAX_RESIZED:
-        raise PictureError(f"The picture of {width} x {height} pixels is too long and thin: cut it.")
-    return picture.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
+        raise ImageError(f"The picture of {width} x {height} pixels is too long and thin: cut it.")
+    return image.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
 
 
-def _crop_centre(picture: Image.Image, size: int) -> Image.Image:
+def _crop_centre(image: Image.Image, size: int) -> Image.Image:
     """As torchvision's `CenterCrop(size)`, which rounds the offset half to even."""
-    left, top = (int(round((side - size) / 2.0)) for side in picture.size)
-    return picture.crop((left, top, left + size, top + size))
+    left, top = (int(round((side - size) / 2.0)) for side in image.size)
+    return image.crop((left, top, left + size, top + size))

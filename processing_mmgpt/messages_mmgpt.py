@@ -1,16 +1,28 @@
 """Chat messages: what one may hold, checked before anything is rendered from it."""
 
-import re
-from collections.abc import Iterator
+import os
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 CONTENT_TYPES = {"system": ("text",), "user": ("image", "video", "text", "input"), "assistant": ("text",)}
 IMAGE_SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
-# Where a control token stands literally in somebody's text, rendering carries this private character and one more that
-# numbers the token: neither the template nor the tokenizer can take them for control.
-HIDDEN = "\U000f0000"
+
+@dataclass(frozen=True)
+class Video:
+    """The file of a video where an image may stand: a path, or the bytes of a file."""
+
+    source: str | os.PathLike | bytes
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the model's frozen parts made of an image before, in its place: `tensor` is `(N, D_vision)`."""
+
+    tensor: torch.Tensor
 
 
 def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -82,93 +94,49 @@ def _part(part: Any, role: str, number: int) -> dict[str, Any]:
     return part
 
 
-def image_parts(messages: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The type and the source of each image or video in order; the source is `None` if a part only marks the place.
-
-    A video's source is a list of frames, or `{"type": "video", "video": file}`, which a file of pictures is not.
-    """
-    for message in messages:
-        for part in message["content"]:
-            if part["type"] in IMAGE_SOURCES:
-                key = next((key for key in IMAGE_SOURCES[part["type"]] if key in part), None)
-                source = f"data:;base64,{part[key]}" if key == "base64" else part.get(key)
-                yield part["type"], _marked(part["type"], source)
-
-
-def _marked(kind: str, source: Any) -> Any:
-    """Mark the file of a video as such."""
-    is_file = kind == "video" and source is not None and not isinstance(source, list | tuple | dict)
-    return {"type": "video", "video": source} if is_file else source
-
-
 def take_images(messages: list[dict[str, Any]], images: list | None = None) -> tuple[list[dict[str, Any]], list]:
-    """Take the sources of pictures out of normalised messages.
+    """Take images and videos out of normalised messages, and put others in for the parts that only mark a place.
+
+    Args:
+        messages: Messages from [`normalise`].
+        images: One for each image or video part without a source, in order.
 
     Returns:
-        New messages, whose image and video parts only mark a place, and the pictures for these places.
+        New messages, whose image and video parts only mark a place; and what stands at each of these places: an image
+        in any form of `open_image`, a list of them (the frames of a video), a [`Video`] or [`Latents`].
 
     Raises:
-        ValueError: If places and pictures differ in number.
+        ValueError: If places and images differ in number.
     """
-    pictures = fill_images(messages, images)
-    marked = [
-        {**m, "content": [{"type": p["type"]} if p["type"] in IMAGE_SOURCES else p for p in m["content"]]}
-        for m in messages
-    ]
-    return marked, pictures
-
-
-def fill_images(messages: list[dict[str, Any]], images: list | None) -> list:
-    """Join the sources in the messages with a list of pictures for the parts that only mark a place.
-
-    Raises:
-        ValueError: If places and pictures differ in number.
-    """
-    sources = list(image_parts(messages))
+    parts = [part for message in messages for part in message["content"] if part["type"] in IMAGE_SOURCES]
+    sources = [_source(part) for part in parts]
     given = list(images) if images is not None else []
-    places = sum(source is None for _, source in sources)
+    places = sum(source is None for source in sources)
     if places != len(given):
         raise ValueError(
             f"The messages mark the place of {places} images without a source, and {len(given)} images were given."
         )
     rest = iter(given)
-    return [_marked(kind, next(rest)) if source is None else source for kind, source in sources]
-
-
-def hide_control_tokens(messages: list[dict[str, Any]], tokens: list[str]) -> list[dict[str, Any]]:
-    """Replace each control token that stands literally in a text by two private characters."""
-    hidden = [HIDDEN, *tokens]
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(hidden, key=len, reverse=True)))
-
-    def hide(text: str) -> str:
-        return pattern.sub(lambda match: HIDDEN + chr(ord(HIDDEN) + hidden.index(match.group())), text)
-
-    return [
-        {
-            **message,
-            "content": [
-                {**part, "text": hide(part["text"])} if "text" in part else part for part in message["content"]
-            ],
-        }
-        for message in messages
+    taken = [
+        as_video(next(rest) if source is None else source, is_video=part["type"] == "video")
+        for part, source in zip(parts, sources, strict=True)
     ]
+    marked = [
+        {**m, "content": [{"type": p["type"]} if p["type"] in IMAGE_SOURCES else p for p in m["content"]]}
+        for m in messages
+    ]
+    return marked, taken
 
 
-def split_hidden(rendered: str, tokens: list[str]) -> Iterator[tuple[str, int, bool]]:
-    """Split a rendered text into pieces.
+def _source(part: dict[str, Any]) -> Any:
+    """What an image or video part holds; `None` if it only marks a place."""
+    key = next((key for key in IMAGE_SOURCES[part["type"]] if key in part), None)
+    return f"data:;base64,{part[key]}" if key == "base64" else part.get(key)
 
-    Yields:
-        Each piece as it is meant, its length in `rendered`, and whether it is a control token that has to stay text.
 
-    Raises:
-        ValueError: If what stands behind a private character is not what was put there.
-    """
-    hidden = [HIDDEN, *tokens]
-    for number, piece in enumerate(re.split(f"{HIDDEN}(.)", rendered, flags=re.DOTALL)):
-        if number % 2:
-            token = ord(piece) - ord(HIDDEN)
-            if not 0 <= token < len(hidden):
-                raise ValueError("The chat template takes texts apart, or holds a private character of ours: U+F0000.")
-            yield hidden[token], 2, True
-        elif piece:
-            yield piece, len(piece), False
+def as_video(image: Any, is_video: bool = False) -> Any:
+    """Name a video's file, which is `{"type": "video", "video": file}`, or any that `is_video` says; else `image`."""
+    if isinstance(image, dict) and image.get("type") == "video":
+        return Video(image.get("video"))
+    is_file = is_video and not isinstance(image, list | tuple | dict | Video | Latents)
+    return Video(image) if is_file else image

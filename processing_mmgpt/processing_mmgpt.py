@@ -1,5 +1,6 @@
-"""The processor: chat messages and pictures to ids and pixels. It owns every string and every token."""
+"""The processor: chat messages and images to ids and pixels. It owns every string and every token."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,17 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_mmgpt import MMGPTImageProcessor
-from .messages_mmgpt import fill_images, hide_control_tokens, normalise, split_hidden
+from .messages_mmgpt import as_video, normalise, take_images
+from .rendering_mmgpt import EncodedChat, encode, render, split_hidden
 
 
 IMAGE_TOKEN = "<image>"
 END_OF_CHUNK_TOKEN = "<|endofchunk|>"
 PAD_TOKEN = "<PAD>"
+
+CHAT_OPTIONS = {"padding": True, "padding_side": None, "images": None}  # of `apply_chat_template`, with their defaults
 
 
 class MMGPTProcessor(ProcessorMixin):
@@ -39,6 +42,7 @@ class MMGPTProcessor(ProcessorMixin):
     ):
         if chat_template is None:
             chat_template = Path(__file__).with_name("chat_template_mmgpt.jinja").read_text(encoding="utf-8")
+        tokenizer = copy.copy(tokenizer)  # the caller's pads as before
         tokenizer.padding_side = "left"  # pipelines pad with the tokenizer; our own calls say which side they mean
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         missing = {IMAGE_TOKEN, END_OF_CHUNK_TOKEN} - set(tokenizer.all_special_tokens)
@@ -63,11 +67,11 @@ class MMGPTProcessor(ProcessorMixin):
         Args:
             vision: As for the model; read only without `vision_config`, as the folder or id of a vision model.
             text: Folder or Hub id of the LM, for its tokenizer.
-            vision_config: An open_clip model name or model config, for the size of the pictures.
+            vision_config: An open_clip model name or model config, for the size of the images.
             **kwargs: Arguments of [`MMGPTImageProcessor`], such as another `size`, mean and deviation; by default
                 those of the tower, where a folder of transformers says them, and else CLIP's.
         """
-        kwargs = {**_picture_format(vision, vision_config), **kwargs}
+        kwargs = {**_image_format(vision, vision_config), **kwargs}
         tokenizer = AutoTokenizer.from_pretrained(text)
         add_control_tokens(tokenizer)
         return cls(MMGPTImageProcessor(**kwargs), tokenizer)
@@ -87,12 +91,12 @@ class MMGPTProcessor(ProcessorMixin):
         add_special_tokens: bool = True,
         **kwargs,
     ) -> BatchFeature:
-        """Turn control text and pictures into a batch.
+        """Turn control text and images into a batch.
 
         Args:
-            text: One text or several; each `<image>` in them stands for a picture.
-            images: A picture, a flat list that the texts share out by their `<image>`s, or a list for each text. In
-                place of a picture, a list of pictures or `{"type": "video", "video": file}` is a video.
+            text: One text or several; each `<image>` in them stands for an image.
+            images: An image, a flat list that the texts share out by their `<image>`s, or a list for each text. In
+                place of an image, a list of images or `{"type": "video", "video": file}` is a video.
             padding: As in a tokenizer.
             padding_side: `"left"` for generation, `"right"` for training.
             return_tensors: `"pt"`, or `None` for ids as lists.
@@ -100,10 +104,11 @@ class MMGPTProcessor(ProcessorMixin):
             **kwargs: Handed to the tokenizer.
 
         Returns:
-            `input_ids` and `attention_mask` `(B, T)`; with images, `pixel_values` as [`stack_pictures`] makes them.
+            `input_ids` and `attention_mask` `(B, T)`; with images, `pixel_values` as [`MMGPTImageProcessor.stack`]
+            makes them.
 
         Raises:
-            ValueError: If a text has another number of `<image>`s than pictures, with the row and both numbers.
+            ValueError: If a text has another number of `<image>`s than images, with the row and both numbers.
         """
         if text is None:
             raise ValueError("The processor needs a text; pictures alone go to its `image_processor`.")
@@ -115,54 +120,31 @@ class MMGPTProcessor(ProcessorMixin):
             ]
             for row in texts
         ]
-        pictures = self._share_out(input_ids, images)
-        max_length = kwargs.get("max_length")
-        return self.batch(input_ids, pictures, padding, padding_side, return_tensors, max_length=max_length)
+        images = [list(map(as_video, row)) for row in self._share_out(input_ids, images)]
+        return self.batch(
+            input_ids, images, padding, padding_side, return_tensors, max_length=kwargs.get("max_length")
+        )
 
     def encode_chat(
-        self,
-        messages: list[dict[str, Any]],
-        images: list | None = None,
-        add_generation_prompt: bool = False,
-        chat_template: str | None = None,
-        continue_final_message: bool = False,
-        **template_kwargs,
-    ) -> dict[str, list]:
-        """Render one conversation and tokenize it, with what is trained on.
+        self, messages: list[dict[str, Any]], images: list | None = None, **template_kwargs
+    ) -> EncodedChat:
+        """Render one conversation and tokenize it, with what is learnt.
 
         A control token that stands literally in a message stays text: it gets the ids of its characters.
 
         Args:
             messages: The conversation.
-            images: Pictures for the image parts without a source, in order.
-            add_generation_prompt: End with the head of a response.
-            chat_template: Another template.
-            continue_final_message: Leave the last message open.
-            **template_kwargs: Variables of the template.
-
-        Returns:
-            `input_ids`; `assistant_masks`, 1 at the tokens of responses and their end tokens; `images`, the pictures.
+            images: Images for the image parts without a source, in order.
+            **template_kwargs: `chat_template`, `add_generation_prompt` and `continue_final_message` as in
+                [`apply_chat_template`], and variables of the template.
 
         Raises:
-            ValueError: On messages that [`~processing_mmgpt.messages_mmgpt.normalise`] refuses, if places and pictures
+            ValueError: On messages that [`~processing_mmgpt.messages_mmgpt.normalise`] refuses, if places and images
                 differ in number, or if the template cannot render them.
         """
         messages = normalise(messages)
-        pictures = fill_images(messages, images)
-        rendered, spans = self._render(
-            messages, add_generation_prompt, chat_template, continue_final_message, template_kwargs
-        )
-        ids, mask, offset = [], [], 0
-        for piece, length, stays_text in split_hidden(rendered, self._control_tokens):
-            encoded = self.tokenizer(
-                piece, add_special_tokens=False, split_special_tokens=stays_text, return_offsets_mapping=True
-            )
-            for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                at = offset if stays_text else offset + start
-                ids.append(token)
-                mask.append(int(any(begin <= at < end for begin, end in spans)))
-            offset += length
-        return {"input_ids": ids, "assistant_masks": mask, "images": pictures}
+        _, images = take_images(messages, images)
+        return encode(*self._render(messages, **template_kwargs), images, self.tokenizer)
 
     def apply_chat_template(
         self,
@@ -175,10 +157,7 @@ class MMGPTProcessor(ProcessorMixin):
         return_dict: bool = False,
         continue_final_message: bool = False,
         processor_kwargs: dict | None = None,
-        padding: bool | str = True,
-        padding_side: str | None = None,
-        images: list | None = None,
-        **template_kwargs,
+        **kwargs,
     ) -> str | list[str] | BatchFeature | torch.Tensor:
         """Render conversations, and tokenize them if asked to.
 
@@ -188,48 +167,39 @@ class MMGPTProcessor(ProcessorMixin):
             add_generation_prompt: End with the head of a response.
             return_assistant_tokens_mask: Return `assistant_masks` as well.
             tokenize: Return ids and pixels, not text.
-            return_tensors: `"pt"`, or `None` for ids as lists.
+            return_tensors: `"pt"`, as is `"auto"`, or `None` for ids as lists.
             return_dict: Return the whole batch, not `input_ids` alone.
             continue_final_message: Leave the last message open.
-            processor_kwargs: `padding`, `padding_side` and `images` may stand in here, where transformers puts them.
-            padding: As in a tokenizer.
-            padding_side: By default `"left"` before generation and `"right"` else.
-            images: Pictures for the image parts without a source, in order; for a batch, a list each.
-            **template_kwargs: Variables of the template.
+            processor_kwargs: `padding` as in a tokenizer, by default true; `padding_side`, by default `"left"` before
+                generation and `"right"` else; `images` for the image parts without a source, in order, for a batch a
+                list each; `return_tensors`.
+            **kwargs: `padding`, `padding_side` and `images` as well; and variables of the template.
 
         Raises:
             ValueError: As [`encode_chat`].
         """
-        processor_kwargs = dict(processor_kwargs or {})
-        padding = processor_kwargs.pop("padding", padding)
-        images = processor_kwargs.pop("images", images)
-        side = processor_kwargs.pop("padding_side", padding_side) or ("left" if add_generation_prompt else "right")
-        return_tensors = "pt" if return_tensors == "auto" else processor_kwargs.pop("return_tensors", return_tensors)
-        if processor_kwargs:
-            raise ValueError(f"apply_chat_template does not know the processor_kwargs {sorted(processor_kwargs)}.")
+        given = {key: kwargs.pop(key) for key in CHAT_OPTIONS if key in kwargs} | (processor_kwargs or {})
+        options = {**CHAT_OPTIONS, "return_tensors": return_tensors, **given}
+        if unknown := given.keys() - {*CHAT_OPTIONS, "return_tensors"}:
+            raise ValueError(f"apply_chat_template does not know the processor_kwargs {sorted(unknown)}.")
+        kwargs |= {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
+        kwargs |= {"continue_final_message": continue_final_message}
         is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
         conversations = conversation if is_batch else [conversation]
-        options = (add_generation_prompt, chat_template, continue_final_message)
         if not tokenize:
-            texts = [self._render(normalise(messages), *options, template_kwargs)[0] for messages in conversations]
-            texts = ["".join(piece for piece, *_ in split_hidden(text, self._control_tokens)) for text in texts]
+            texts = [self._render(normalise(messages), **kwargs)[0] for messages in conversations]
+            texts = ["".join(piece for piece, *_ in split_hidden(t, self.tokenizer.all_special_tokens)) for t in texts]
             return texts if is_batch else texts[0]
-        pictures = images if is_batch and images is not None else [images] * len(conversations)
-        rows = []
-        for number, (messages, given) in enumerate(zip(conversations, pictures, strict=True)):
-            try:
-                rows.append(self.encode_chat(messages, given, *options, **template_kwargs))
-            except ValueError as error:
-                raise ValueError(f"Row {number}: {error}" if is_batch else str(error)) from error
-        batch = self.batch(
-            [row["input_ids"] for row in rows], [row["images"] for row in rows], padding, side, return_tensors
-        )
+        images = options["images"] if is_batch else [options["images"]]
+        chats = self._encode_chats(conversations, images or [None] * len(conversations), is_batch, kwargs)
+        side = options["padding_side"] or ("left" if add_generation_prompt else "right")
+        tensors = "pt" if options["return_tensors"] == "auto" else options["return_tensors"]
+        rows = [chat.input_ids for chat in chats], [chat.images for chat in chats]
+        batch = self.batch(*rows, options["padding"], side, tensors)
         if return_assistant_tokens_mask:
-            masks = [row["assistant_masks"] for row in rows]
-            width = max(map(len, batch["input_ids"]))
-            batch["assistant_masks"] = pad_rows(masks, 0, side, width) if padding else masks
-            if return_tensors == "pt":
-                batch["assistant_masks"] = torch.tensor(batch["assistant_masks"])
+            masks = [chat.learnt for chat in chats]
+            masks = pad_rows(masks, 0, side, max(map(len, batch["input_ids"]))) if options["padding"] else masks
+            batch["assistant_masks"] = torch.tensor(masks) if tensors == "pt" else masks
         return batch if return_dict else batch["input_ids"]
 
     def continue_chat(
@@ -247,33 +217,28 @@ class MMGPTProcessor(ProcessorMixin):
             sequences: `(B, T)`, the ids of prompt and reply.
             attention_mask: `(B, T_prompt)`, the mask of the prompt.
             conversations: For each row, the messages of the new turn alone.
-            images: For each row, pictures for its image parts without a source, in order.
+            images: For each row, images for its image parts without a source, in order.
 
         Returns:
-            `input_ids` and `attention_mask` `(B, T + T_new)`, and the `pixel_values` of the new pictures.
+            `input_ids` and `attention_mask` `(B, T + T_new)`, and the `pixel_values` of the new images.
         """
         images = [None] * len(conversations) if images is None else images
-        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        end = self.tokenizer.eos_token_id
         reply = sequences[:, attention_mask.shape[1] :]
         is_end = (reply == end).cumsum(dim=1)  # (B, T_reply)
         reply_mask = (is_end - (reply == end).long() == 0).long()  # up to the end token, without the padding behind
-        rows, pictures = [], []
+        rows, new_images = [], []
         for ended, messages, given in zip(is_end[:, -1].tolist(), conversations, images, strict=True):
             # An empty system message leaves out the preamble.
             turn = self.encode_chat([{"role": "system", "content": ""}, *messages], given, add_generation_prompt=True)
-            ids = turn["input_ids"][1 if self.tokenizer.bos_token else 0 :]
+            ids = turn.input_ids[1 if self.tokenizer.bos_token else 0 :]
             rows.append(ids if ended else [end, *ids])
-            pictures.append(turn["images"])
-        width = max(map(len, rows))
-        new_ids = sequences.new_tensor(pad_rows(rows, pad, "left", width))
-        new_mask = attention_mask.new_tensor(pad_rows([[1] * len(row) for row in rows], 0, "left", width))
-        return BatchFeature(
-            {
-                "input_ids": torch.cat([sequences, new_ids], dim=1),
-                "attention_mask": torch.cat([attention_mask, reply_mask.to(attention_mask), new_mask], dim=1),
-                **self.stack_pictures(pictures),
-            }
-        )
+            new_images.append(turn.images)
+        batch = self.batch(rows, new_images, padding=True, padding_side="left")
+        masks = attention_mask, reply_mask.to(attention_mask), batch["attention_mask"].to(attention_mask)
+        batch["input_ids"] = torch.cat([sequences, batch["input_ids"].to(sequences)], dim=1)
+        batch["attention_mask"] = torch.cat(masks, dim=1)
+        return batch
 
     def batch(
         self,
@@ -284,84 +249,38 @@ class MMGPTProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         **kwargs,
     ) -> BatchFeature:
-        """Pad rows of ids and stack their pictures.
+        """Pad rows of ids and stack their images.
 
         Raises:
-            ValueError: If a row has another number of `<image>`s than pictures, with the row and both numbers.
+            ValueError: If a row has another number of `<image>`s than images, with the row and both numbers.
         """
-        for row, (ids, pictures) in enumerate(zip(input_ids, images, strict=True)):
-            if ids.count(self.image_token_id) != len(pictures):
+        for number, (ids, own) in enumerate(zip(input_ids, images, strict=True)):
+            if ids.count(self.image_token_id) != len(own):
                 raise ValueError(
-                    f"Row {row} holds {ids.count(self.image_token_id)} {IMAGE_TOKEN} tokens, but {len(pictures)} "
+                    f"Row {number} holds {ids.count(self.image_token_id)} {IMAGE_TOKEN} tokens, but {len(own)} "
                     "pictures were given for it. Give one picture for each token."
                 )
-        batch = self.tokenizer.pad(
+        padded = self.tokenizer.pad(
             {"input_ids": input_ids},
             padding=padding,
             padding_side=padding_side,
             return_tensors=return_tensors,
             **kwargs,
         )
-        return BatchFeature({**batch, **self.stack_pictures(images)})
+        return BatchFeature({**padded, **self.image_processor.stack(images)})
 
-    def stack_pictures(self, images: list[list]) -> dict[str, torch.Tensor]:
-        """Stack the pictures of each row, zeros where a row has fewer.
+    def _render(self, messages: list[dict], chat_template: str | None = None, **template_kwargs) -> tuple[str, list]:
+        template = self.chat_template if chat_template is None else chat_template
+        return render(messages, self.tokenizer, template, **template_kwargs)
 
-        Args:
-            images: For each row its pictures and videos, in the forms of [`MMGPTImageProcessor.frames`]; or for all
-                rows `{"type": "latents", "latents": (N, D_vision)}`, what the model made of a picture before.
-
-        Returns:
-            Nothing if no row has a picture; else `pixel_values` `(B, M, 3, size, size)`, or with a video
-            `(B, M, F, 3, size, size)` and `num_frames` `(B, M)`; of latents, `image_latents` `(B, M, N, D_vision)`.
-        """
-        num_images = max(map(len, images), default=0)
-        if num_images == 0:
-            return {}
-        if any(isinstance(picture, dict) and picture.get("type") == "latents" for row in images for picture in row):
-            return {"image_latents": stack_latents(images)}
-        is_video = any(isinstance(picture, list | tuple | dict) for row in images for picture in row)
-        frames: list[list[torch.Tensor]] = []  # each (F, 3, size, size)
-        for row, pictures in enumerate(images):
+    def _encode_chats(self, conversations: list, images: list, is_batch: bool, options: dict) -> list[EncodedChat]:
+        chats = []
+        for number, (messages, given) in enumerate(zip(conversations, images, strict=True)):
             try:
-                frames.append([self.image_processor.frames(picture) for picture in pictures])
+                chats.append(self.encode_chat(messages, given, **options))
             except ValueError as error:
-                raise ValueError(f"Row {row}: {error}") from error
-        num_frames = torch.tensor([[len(p) for p in row] + [1] * (num_images - len(row)) for row in frames])  # (B, M)
-        size = self.image_processor.size
-        pixel_values = torch.zeros(len(images), num_images, int(num_frames.max()), 3, size, size)
-        for row, pictures in enumerate(frames):
-            for column, pixels in enumerate(pictures):
-                pixel_values[row, column, : len(pixels)] = pixels
-        if is_video:
-            return {"pixel_values": pixel_values, "num_frames": num_frames}
-        return {"pixel_values": pixel_values[:, :, 0]}
-
-    @property
-    def _control_tokens(self) -> list[str]:
-        return self.tokenizer.all_special_tokens
-
-    def _render(
-        self,
-        messages: list[dict[str, Any]],
-        add_generation_prompt: bool,
-        chat_template: str | None,
-        continue_final_message: bool,
-        template_kwargs: dict,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Render normalised messages, control tokens in their texts hidden; the spans are those of responses."""
-        try:
-            rendered, spans = render_jinja_template(
-                conversations=[hide_control_tokens(messages, self._control_tokens)],
-                chat_template=self.chat_template if chat_template is None else chat_template,
-                return_assistant_tokens_mask=True,
-                continue_final_message=continue_final_message,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **template_kwargs},
-            )
-        except Exception as error:  # a template is a program
-            raise ValueError(f"The chat template cannot render these messages: {error}") from error
-        return rendered[0], spans[0]
+                raise ValueError(f"Row {number}: {error}" if is_batch else str(error)) from error
+        return chats
 
     def _share_out(self, input_ids: list[list[int]], images: Any) -> list[list]:
         """Bring `images` into one list for each row."""
@@ -370,7 +289,7 @@ class MMGPTProcessor(ProcessorMixin):
         if not isinstance(images, list | tuple):
             images = [images]
         if len(images) == len(input_ids) and all(isinstance(row, list | tuple) for row in images):
-            return [list(row) for row in images]
+            return list(images)
         counts = [ids.count(self.image_token_id) for ids in input_ids]
         if sum(counts) != len(images):
             raise ValueError(
@@ -395,25 +314,8 @@ def pad_rows(rows: list[list[int]], value: int, side: str, width: int) -> list[l
     return [row + [value] * (width - len(row)) for row in rows]
 
 
-def stack_latents(images: list[list[dict[str, Any]]]) -> torch.Tensor:
-    """Stack the latents of each row `(B, M, N, D_vision)`, zeros where a row has fewer; one row at least has some.
-
-    Raises:
-        ValueError: If there are pictures among them: a batch has latents or pixels.
-    """
-    if not all(isinstance(picture, dict) and "latents" in picture for row in images for picture in row):
-        raise ValueError("Some pictures of the batch are latents and some are not: give either for all.")
-    latents = [[picture["latents"] for picture in row] for row in images]  # each (N, D_vision)
-    first = next(one for row in latents for one in row)
-    stacked = first.new_zeros(len(images), max(map(len, images)), *first.shape)
-    for row, own in enumerate(latents):
-        for column, one in enumerate(own):
-            stacked[row, column] = one
-    return stacked
-
-
-def _picture_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:
-    """Size, and where it is known mean and deviation, of the pictures that a tower was trained on."""
+def _image_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:
+    """Size, and where it is known mean and deviation, of the images that a tower was trained on."""
     if vision_config is None:
         full = AutoConfig.from_pretrained(vision)
         size = {"size": getattr(full, "vision_config", full).image_size}

@@ -1,4 +1,4 @@
-"""Opening videos: files of somebody else become a few frames, under the policy of `pictures_mmgpt`."""
+"""Opening videos: files of somebody else become a few frames, under the policy of `image_files_mmgpt`."""
 
 import io
 import math
@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from .pictures_mmgpt import OWN_PICTURES, reject_remote
+from .image_files_mmgpt import OWN_IMAGES, reject_remote
 
 
-MAX_PIXELS = OWN_PICTURES.max_pixels  # of a frame
+MAX_PIXELS = OWN_IMAGES.max_pixels  # of a frame
 MAX_FRAMES = 108_000  # of one video, an hour of 30 a second; counted before any is decoded
 # Containers that hold their own pictures. A playlist (HLS, concat) would open other files, or addresses.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
@@ -134,5 +134,5 @@ def _frames_at(frames: Iterator[Any], times: list[Fraction]) -> Iterator[Image.I
 
 def _upright(frame: Any) -> Image.Image:
     """Turn a frame as its file says, as `exif_transpose` does a picture."""
-    picture = frame.to_image()
-    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image

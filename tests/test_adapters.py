@@ -183,7 +183,7 @@ def test_a_placeholder_picture_changes_no_loss_and_no_gradient(make_model, proce
     found = []
     for placeholder in (False, True):
         model = make_model().train()
-        batch = MMGPTCollator(processor, placeholder_picture=placeholder)(without)
+        batch = MMGPTCollator(processor, placeholder_image=placeholder)(without)
         assert ("pixel_values" in batch) == placeholder
         loss = model(**batch).loss
         loss.backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, Image, List
 
-from processing_mmgpt import MMGPTCollator
+from processing_mmgpt import MMGPTCollator, processing_mmgpt, rendering_mmgpt
 
 
 def turns(*pairs, system="P"):
@@ -130,6 +130,32 @@ def test_a_question_left_open_is_the_first_to_go(processor, draw, picture, shown
     shown(batch["pixel_values"][0], images[:-1])
 
 
+def test_however_long_a_conversation_it_is_rendered_once(processor, monkeypatch):
+    rendered = []
+
+    def counted(messages, *args, **kwargs):
+        rendered.append(len(messages))
+        return rendering_mmgpt.render(messages, *args, **kwargs)
+
+    collator = MMGPTCollator(processor, max_length=60)
+    monkeypatch.setattr(processing_mmgpt, "render", counted)
+    batch = collator([{"messages": turns(*[(0, "a", "b")] * 12)}])
+    assert batch["input_ids"].shape == (1, LENGTHS[0] - len("\n\n### Image:\n@")) and rendered == [25]
+
+
+@pytest.mark.parametrize("odd", ["{{ '!' if messages | length == 2 }}", "{{ '!' if loop.revindex < 3 }}"])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_writes_a_turn_otherwise_when_one_follows_cannot_be_cut(processor, role, odd):
+    text = "{{ m.content[0].text }}"
+    said = {"user": text, "assistant": "{% generation %}" + text + "{% endgeneration %}"}
+    said[role] = said[role].replace(text, text + odd)
+    template = "{% for m in messages %}{% if m.role == 'user' %}" + "{% else %}".join(said.values())
+    template += "{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="writes an exchange in another way if one follows"):
+        MMGPTCollator(processor, max_length=60, template={"chat_template": template})
+    MMGPTCollator(processor, template={"chat_template": template})
+
+
 @pytest.mark.parametrize(
     ("record", "named"),
     [
@@ -158,7 +184,7 @@ def test_the_batch_is_padded_to_a_multiple(processor, draw, multiple):
 
 
 def test_a_placeholder_stands_only_where_there_is_no_picture(processor, picture, shown):
-    collator = MMGPTCollator(processor, placeholder_picture=True)
+    collator = MMGPTCollator(processor, placeholder_image=True)
     without = {"messages": turns((0, "g", "hi"))}
     batch = collator([without, without])
     assert batch["pixel_values"].shape == (2, 1, 3, 24, 24) and not batch["pixel_values"].any()

@@ -15,7 +15,7 @@ from tiny_world import benchmarks, evaluation
 from tiny_world.mixture import example
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from processing_mmgpt.benchmarks_mmgpt import BENCHMARKS, caption_of, read_samples, short_answer_of
+from processing_mmgpt.evaluation.benchmarks import BENCHMARKS, caption_of, read_samples, short_answer_of
 from push_to_hub import stage
 
 

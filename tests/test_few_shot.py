@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from modeling_mmgpt import MMGPTVisionConfig
 from modeling_mmgpt.vision_mmgpt import build_vision_tower, pooled_features
 from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
-from processing_mmgpt.few_shot_mmgpt import (
+from processing_mmgpt.evaluation.few_shot import (
     build_index,
     choose_at_random,
     choose_similar,

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_converting import LORA, V1, Bomb, arguments, convert
-from test_pictures import FILES, encoded, frames
+from test_image_files import FILES, encoded, frames
 from tiny_world import evaluation
 from transformers.utils import logging as transformers_logging
 
@@ -29,9 +29,9 @@ from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration
 from modeling_mmgpt.conversion.old_files import read_weights
 from modeling_mmgpt.converting_mmgpt import convert_lora
 from processing_mmgpt import MMGPTImageProcessor, load_instruction_dataset
-from processing_mmgpt.mixture_mmgpt import read_mixture
-from processing_mmgpt.pictures_mmgpt import OWN_PICTURES, PicturePolicy, open_picture
-from processing_mmgpt.skips_mmgpt import count_skips
+from processing_mmgpt.data.recipe import read_mixture
+from processing_mmgpt.data.skip_log import count_skips
+from processing_mmgpt.image_files_mmgpt import OWN_IMAGES, ImagePolicy, open_image
 
 
 FOLDER = V1 / "every1"
@@ -459,8 +459,8 @@ MIXTURE = {
 
 def try_picture(rng: random.Random, processor, folder) -> None:
     data = mutate_bytes(rng, rng.choice(PICTURES))
-    policy = PicturePolicy() if rng.random() < 0.5 else OWN_PICTURES
-    pixels = processor.image_processor.pixels(open_picture(data, policy))
+    policy = ImagePolicy() if rng.random() < 0.5 else OWN_IMAGES
+    pixels = processor.image_processor.pixels(open_image(data, policy))
     assert pixels.shape == (3, SIDE, SIDE) and pixels.isfinite().all()
 
 

@@ -20,9 +20,11 @@ from test_train import world as world
 from modeling_mmgpt import modeling_mmgpt
 from modeling_mmgpt.adapters_mmgpt import lora_config
 from modeling_mmgpt.training.latents import frozen_encoder
-from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, latents_mmgpt, load_instruction_dataset
-from processing_mmgpt.latents_mmgpt import keep_latents
-from processing_mmgpt.skips_mmgpt import count_skips
+from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, load_instruction_dataset
+from processing_mmgpt.data import latents as latent_tables
+from processing_mmgpt.data.latents import keep_latents
+from processing_mmgpt.data.skip_log import count_skips
+from processing_mmgpt.messages_mmgpt import Latents
 
 
 SIDE = 8
@@ -44,7 +46,7 @@ def _own_cache(tmp_path, monkeypatch):
 def watch(cache: Path, shard: bool = False) -> None:
     """Use a cache of one's own, and print how many pictures the tower gets."""
     use_cache(cache)
-    latents_mmgpt.PICTURES_PER_BATCH = 1
+    latent_tables.IMAGES_PER_BATCH = 1
     tower = modeling_mmgpt.patch_tokens
 
     def watched(model, pixels):
@@ -117,7 +119,7 @@ def kept(data, fingerprint="one", image_processor=PIXELS):
     """The records of some data with their latents, and how many pictures were encoded for them."""
     encoder = Encoder()
     records = keep_latents(data, image_processor, encoder, fingerprint)[:]
-    return [[image["latents"] for image in images] for images in records["images"]], encoder.pictures
+    return [[image.tensor for image in images] for images in records["images"]], encoder.pictures
 
 
 def expected(data):
@@ -127,7 +129,7 @@ def expected(data):
 
 @pytest.fixture
 def tables_of_three(monkeypatch):
-    monkeypatch.setattr(latents_mmgpt, "PICTURES_PER_TABLE", 3)
+    monkeypatch.setattr(latent_tables, "IMAGES_PER_TABLE", 3)
 
 
 def source(folder: Path, count: int) -> dict:
@@ -164,6 +166,13 @@ def test_what_has_changed_is_made_anew_and_nothing_else(tmp_path, tables_of_thre
         data[0]
 
 
+def test_latents_of_pixels_that_were_made_in_another_way_are_not_used(tmp_path, monkeypatch):
+    data = load_instruction_dataset({"sources": [source(tmp_path, 3)]})
+    assert [kept(data)[1], kept(data)[1]] == [4, 0]
+    monkeypatch.setattr(latent_tables, "FORMAT", "of another version")
+    assert kept(data)[1] == 4
+
+
 def die(pixel_values, num_frames):
     """Kill this process in the middle of the second table."""
     die.pictures = getattr(die, "pictures", 0) + len(pixel_values)
@@ -174,7 +183,7 @@ def die(pixel_values, num_frames):
 
 def keep_and_die(cache: Path, mixture: dict) -> None:
     use_cache(cache)
-    latents_mmgpt.PICTURES_PER_TABLE, latents_mmgpt.PICTURES_PER_BATCH = 3, 1
+    latent_tables.IMAGES_PER_TABLE, latent_tables.IMAGES_PER_BATCH = 3, 1
     keep_latents(load_instruction_dataset(mixture), PIXELS, die, "one")
 
 
@@ -277,4 +286,4 @@ def test_streams_and_other_datasets_are_refused(tmp_path):
 
 def test_pixels_and_latents_in_one_batch_are_refused(processor, picture):
     with pytest.raises(ValueError, match="latents and some are not"):
-        processor.stack_pictures([[picture(0)], [{"type": "latents", "latents": torch.zeros(2, 3)}]])
+        processor.image_processor.stack([[picture(0)], [Latents(torch.zeros(2, 3))]])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from processing_mmgpt.metrics_mmgpt import bleu, cider_d, normalise_answer, tokenize_caption, vqa_accuracy
+from processing_mmgpt.evaluation.metrics import bleu, cider_d, normalise_answer, tokenize_caption, vqa_accuracy
 
 
 GOLDENS = Path(__file__).with_name("goldens") / "metrics"

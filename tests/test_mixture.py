@@ -13,12 +13,14 @@ from PIL import Image
 from test_readers import EXPECTED, GOLDENS, NEEDED, annotations
 from torch.utils.data import DataLoader
 
-from processing_mmgpt import annotations_mmgpt
-from processing_mmgpt.annotations_mmgpt import confined
-from processing_mmgpt.mixture_mmgpt import load_instruction_dataset, read_mixture
-from processing_mmgpt.readers_mmgpt import READERS, TEXT_READERS
-from processing_mmgpt.report_mmgpt import LEARNT, PLAIN, draw, report
-from processing_mmgpt.skips_mmgpt import count_skips
+from processing_mmgpt.data import annotations as annotation_files
+from processing_mmgpt.data import tables
+from processing_mmgpt.data.annotations import confined
+from processing_mmgpt.data.mixture import load_instruction_dataset
+from processing_mmgpt.data.readers import READERS, TEXT_READERS
+from processing_mmgpt.data.recipe import read_mixture
+from processing_mmgpt.data.report import LEARNT, PLAIN, draw, report
+from processing_mmgpt.data.skip_log import count_skips
 
 
 RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "multimodal_gpt.yaml"
@@ -403,6 +405,15 @@ def test_a_damaged_record_is_named_before_a_training_starts(tmp_path, text, mess
         list(load_instruction_dataset({"sources": [source], "streaming": True}))
 
 
+def test_records_that_another_version_checked_are_checked_anew(tmp_path, monkeypatch):
+    source, checked = {"reader": "dolly", "files": dolly(tmp_path / "a.jsonl", 3)}, []
+    check = tables.problem_of
+    monkeypatch.setattr(tables, "problem_of", lambda *given: checked.append(given) or check(*given))
+    for number, version in ((3, tables.FORMAT), (3, tables.FORMAT), (6, "another")):
+        monkeypatch.setattr(tables, "FORMAT", version)
+        assert len(load_instruction_dataset({"sources": [source]})) == 3 and len(checked) == number
+
+
 @pytest.mark.parametrize(("text", "message"), [("[{]", "wrong JSON: record 0"), ('{"a": 1}', r"holds \['a'\]")])
 def test_a_file_of_another_form_is_named(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
@@ -463,19 +474,19 @@ def test_the_report_counts_everything(tmp_path, both, processor):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 2**20])
 def test_a_list_is_read_item_by_item_as_it_would_be_at_once(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(annotations_mmgpt, "CHUNK", size)
+    monkeypatch.setattr(annotation_files, "CHUNK", size)
     file = tmp_path / "list.json"
     rng = random.Random(0)
     for indent in (None, 2):
         records = [{"a": rng.random(), "é": ["]", "\n", {"b": None}] * rng.randrange(3)} for _ in range(20)]
         records += [12, -3.5e7, True, "x,]", [], {}]
         file.write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8-sig")
-        read = list(annotations_mmgpt.read_file(str(file), None, "dolly", {}))
+        read = list(annotation_files.read_file(str(file), None, "dolly", {}))
         assert [record for _, _, record, _ in read] == records and [n for n, *_ in read] == list(range(26))
         assert [json.loads(text) for _, text, _, _ in read] == records
     for wrong in ("[1, 2", "[1,]", "[1 2]", "[1] 2", "[,]", '[{"a": }]', "["):
         file.write_text(wrong)
         with pytest.raises(ValueError, match="list.json: wrong JSON"):
-            list(annotations_mmgpt.read_file(str(file), None, "dolly", {}))
+            list(annotation_files.read_file(str(file), None, "dolly", {}))
     file.write_text(" [ ] ")
-    assert list(annotations_mmgpt.read_file(str(file), None, "dolly", {})) == []
+    assert list(annotation_files.read_file(str(file), None, "dolly", {})) == []

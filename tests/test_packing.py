@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from modeling_mmgpt import compute_image_index
 from modeling_mmgpt.packing_mmgpt import CANNOT_PACK, positions_in_document
 from processing_mmgpt import MMGPTCollator
-from processing_mmgpt.skips_mmgpt import count_skips
+from processing_mmgpt.data.skip_log import count_skips
 
 
 MODES = ("preceding", "all_preceding", "following")

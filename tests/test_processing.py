@@ -165,9 +165,9 @@ def test_control_tokens_in_a_text_stay_text(processor, draw, picture, token, whe
         f"### Response:\n«{literal}$»"
     )
     row = processor.encode_chat(messages, [picture(0)])
-    assert draw(row["input_ids"], row["assistant_masks"]) == expected
+    assert draw(row.input_ids, row.learnt) == expected
     assert processor.apply_chat_template(messages) == written(expected)
-    assert processor.tokenizer.decode(row["input_ids"]) == written(expected)
+    assert processor.tokenizer.decode(row.input_ids) == written(expected)
 
 
 @pytest.mark.parametrize("role", ["system", "assistant", "user", "input"])
@@ -177,7 +177,7 @@ def test_control_tokens_put_together_from_parts_stay_text(processor, role, halve
     parts = [{"type": kind, "text": half} for half in halves]
     messages = [dict(SYSTEM), user("hi"), assistant("yo")]
     messages[{"system": 0, "user": 1, "input": 1, "assistant": 2}[role]]["content"] = parts
-    ids = processor.encode_chat(messages)["input_ids"]
+    ids = processor.encode_chat(messages).input_ids
     assert [ids.count(token) for token in (256, 257, 258, 259)] == [1, 1, 0, 0]
 
 
@@ -190,11 +190,11 @@ texts = st.lists(pieces, max_size=6).map("".join)
 @given(asked=texts, answered=texts)
 def test_any_text_comes_back_and_makes_no_control_token(processor, asked, answered):
     row = processor.encode_chat([SYSTEM, user(asked), assistant(answered)])
-    assert [row["input_ids"].count(token) for token in (256, 257, 258, 259, 260)] == [1, 1, 0, 0, 0]
+    assert [row.input_ids.count(token) for token in (256, 257, 258, 259, 260)] == [1, 1, 0, 0, 0]
     text = f"<s>P\n\n### Instruction:\n{asked}\n\n### Response:\n{answered}</s>"
-    assert processor.tokenizer.decode(row["input_ids"]) == text
+    assert processor.tokenizer.decode(row.input_ids) == text
     assert processor.apply_chat_template([SYSTEM, user(asked), assistant(answered)]) == text
-    learnt = [token for token, m in zip(row["input_ids"], row["assistant_masks"], strict=True) if m]
+    learnt = [token for token, m in zip(row.input_ids, row.learnt, strict=True) if m]
     assert processor.tokenizer.decode(learnt) == answered + "</s>"
 
 
@@ -299,6 +299,22 @@ def test_padding_is_on_the_left_for_generation_and_on_the_right_for_training(pro
         assert [draw(row) for row in rows] == expected
     assert [draw(row) for row in processor(text=["a", "ab"], padding=True)["input_ids"]] == ["_^a", "^ab"]
     assert processor(text=["a", "ab"], return_tensors=None)["input_ids"][0] == [256, ord("a") - 33]
+
+
+def test_a_tokenizer_that_is_handed_over_pads_as_before(processor):
+    processor.tokenizer.padding_side = "right"
+    again = MMGPTProcessor(processor.image_processor, processor.tokenizer)
+    assert processor.tokenizer.padding_side == "right" and again.tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("where", [{}, {"return_tensors": "auto"}, {"return_tensors": None}])
+@pytest.mark.parametrize("inside", ["pt", "auto", None])
+def test_what_processor_kwargs_say_goes_before(processor, where, inside):
+    given = {**where, "processor_kwargs": {"return_tensors": inside, "padding_side": "left"}}
+    ids = processor.apply_chat_template([[SYSTEM, user("hi")], [SYSTEM, user("hello")]], tokenize=True, **given)
+    assert isinstance(ids, torch.Tensor) == (inside is not None) and ids[0][0] == processor.tokenizer.pad_token_id
+    with pytest.raises(ValueError, match="does not know the processor_kwargs .'truncation'"):
+        processor.apply_chat_template([user("hi")], tokenize=True, processor_kwargs={"truncation": True})
 
 
 @pytest.mark.parametrize("rows", [["<image>a"], ["<image>", "a", "<image>b<image>"], ["a", "b"]])
@@ -408,10 +424,10 @@ def test_llava_records_have_the_ids_and_labels_of_the_reference(picture, number)
     messages = [user("#", question), assistant(golden["answer"])]
     assert processor.apply_chat_template(messages[:1], add_generation_prompt=True) == "<s>" + golden["prompt"]
     row = processor.encode_chat(messages, [picture(0)])
-    assert row["input_ids"][:512] == golden["input_ids"]
-    labels = [t if m else -100 for t, m in zip(row["input_ids"], row["assistant_masks"], strict=True)]
+    assert row.input_ids[:512] == golden["input_ids"]
+    labels = [t if m else -100 for t, m in zip(row.input_ids, row.learnt, strict=True)]
     assert labels[:512] == golden["labels"]
-    assert (len(golden["input_ids"]) == 512) == (number >= 3) and row["input_ids"][-1] == labels[-1] == 2
+    assert (len(golden["input_ids"]) == 512) == (number >= 3) and row.input_ids[-1] == labels[-1] == 2
 
 
 @pytest.mark.parametrize("token", ["<image>", "<|endofchunk|>", "</s>"])
@@ -419,8 +435,8 @@ def test_control_tokens_stay_text_with_a_sentencepiece_tokenizer_too(token):
     processor = MMGPTProcessor(MMGPTImageProcessor(size=24), AutoTokenizer.from_pretrained(GOLDENS / "tokenizer_fast"))
     literal = f"The {token} holds"
     row = processor.encode_chat([user(literal), assistant(literal)])
-    assert [row["input_ids"].count(i) for i in (1, 2, 700, 701, 702)] == [1, 1, 0, 0, 0]
-    learnt = [t for t, m in zip(row["input_ids"], row["assistant_masks"], strict=True) if m]
+    assert [row.input_ids.count(i) for i in (1, 2, 700, 701, 702)] == [1, 1, 0, 0, 0]
+    learnt = [t for t, m in zip(row.input_ids, row.learnt, strict=True) if m]
     assert learnt[-1] == 2
     assert processor.tokenizer.decode(learnt[:-1]).replace(" ", "") == literal.replace(" ", "")
 

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_relative_import_files
 
 import push_to_hub
 
@@ -52,9 +53,24 @@ print("IDS", model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tol
 """
 
 
+# What lies flat in a package is remote code: it travels. The entry files, and what lies flat without being any.
+FLAT = {
+    "processing_mmgpt": (("processing_mmgpt.py", "image_processing_mmgpt.py"), {"__init__.py"}),
+}
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("package", FLAT)
+def test_the_flat_files_of_a_package_are_its_remote_code(package):
+    entries, exceptions = FLAT[package]
+    folder = Path(__file__).parents[1] / package
+    needed = {folder / entry for entry in entries}
+    needed |= {Path(file) for entry in entries for file in get_relative_import_files(folder / entry)}
+    assert set(folder.glob("*.py")) == needed | {folder / name for name in exceptions}
 
 
 def ids_here(folder: Path, scene: Path) -> list[int]:

@@ -14,9 +14,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
-from processing_mmgpt.annotations_mmgpt import join_vqa, read_file
-from processing_mmgpt.phrases_mmgpt import CONFIRM, DESCRIBE, OPINION, REASON
-from processing_mmgpt.readers_mmgpt import READERS, TEXT_READERS, swap_sides
+from processing_mmgpt.data.annotations import join_vqa, read_file
+from processing_mmgpt.data.phrases import CONFIRM, DESCRIBE, OPINION, REASON
+from processing_mmgpt.data.readers import READERS, TEXT_READERS, swap_sides
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -131,7 +131,7 @@ def test_ids_and_labels_are_those_of_the_reference(llama, name, golden):
         assert name in reasons, "only what is fixed may differ"
         return
     row = llama.encode_chat(conversation["messages"], conversation["images"])
-    ids, learnt = row["input_ids"], "".join(map(str, row["assistant_masks"]))
+    ids, learnt = row.input_ids, "".join(map(str, row.learnt))
     if len(golden["turns"]) > 1:  # it writes a BOS before each turn
         assert name == "baize"
         return

@@ -21,7 +21,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
-from test_pictures import (
+from test_image_files import (
     ANSWERS,
     DISGUISES,
     DNS,

@@ -100,7 +100,7 @@ def test_a_chat_that_goes_on_from_its_cache_says_what_it_says_without(model, pro
     inputs = processor.continue_chat(out.sequences, start["attention_mask"], [turn(second, "objects:")], [second])
     assert inputs["input_ids"][0].tolist().count(processor.image_token_id) == sum(pictures)
     go_on = model.generate(**inputs, cache=out.cache, max_new_tokens=6, do_sample=False)
-    both = processor.stack_pictures([first + second])
+    both = processor.image_processor.stack([first + second])
     inputs.pop("pixel_values", None)
     anew = model.generate(**inputs, **both, max_new_tokens=6, do_sample=False, use_cache=False)
     assert torch.equal(go_on, anew)

@@ -33,7 +33,7 @@ from modeling_mmgpt.adapters_mmgpt import lora_config, new_token_rows, quantizat
 from modeling_mmgpt.speed.compiling import compile_parts
 from modeling_mmgpt.training.weights import decayed_weights
 from processing_mmgpt import MMGPTCollator
-from processing_mmgpt.samples_mmgpt import reply
+from processing_mmgpt.evaluation.samples import reply
 
 
 ROOT = Path(__file__).parents[1]

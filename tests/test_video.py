@@ -14,7 +14,8 @@ from PIL import Image
 
 from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, MMGPTProcessor
 from processing_mmgpt import videos_mmgpt as videos
-from processing_mmgpt.annotations_mmgpt import read_record
+from processing_mmgpt.data.annotations import read_record
+from processing_mmgpt.messages_mmgpt import Video
 from processing_mmgpt.videos_mmgpt import open_video
 
 
@@ -197,7 +198,7 @@ def test_a_record_with_a_video_is_learnt_from(model, processor, clip):
 def test_a_video_in_a_mixture_stays_below_its_root(tmp_path, clip):
     answered = {"role": "assistant", "content": "x"}
     found = read_record({"messages": [*question("clip.mp4"), answered]}, "messages", str(tmp_path), None)
-    assert found["images"] == [{"type": "video", "video": clip}] and len(found["messages"]) == 2
+    assert found["images"] == [Video(clip)] and len(found["messages"]) == 2
     for outside in ("../clip.mp4", "/etc/passwd", ["clip.mp4", "../x.png"], {"path": "/etc/passwd"}):
         with pytest.raises(ValueError, match="leaves the image root"):
             read_record({"messages": [*question(outside), answered]}, "messages", str(tmp_path), None)

@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_two_packages_their_template_and_the_version_of_setu
     inside = {name for name in files.namelist() if ".dist-info/" not in name}
     packages = (ROOT / name for name in ("modeling_mmgpt", "processing_mmgpt"))
     tracked = [file for package in packages for file in package.rglob("*") if file.suffix in (".py", ".jinja")]
-    assert inside == {str(file.relative_to(ROOT)) for file in tracked}
+    assert inside == {file.relative_to(ROOT).as_posix() for file in tracked}
     assert f"\nVersion: {version}\n" in files.read(f"mmgpt-{version}.dist-info/METADATA").decode()
 
 

@@ -41,7 +41,7 @@ from modeling_mmgpt.adapters_mmgpt import lora_config
 from modeling_mmgpt.decoding_mmgpt import sample_ahead
 from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
 from modeling_mmgpt.speed.fusing import fuse_projections
-from processing_mmgpt.collator_mmgpt import fill_rows
+from processing_mmgpt.data.packing import fill_rows
 
 
 BACKEND = "inductor" if DEVICE == "cuda" else "eager"  # of the compiler; on a CPU to compile takes minutes
@@ -372,7 +372,7 @@ def measure_mixture(shape: Shape, tiny: bool) -> list[dict]:
         [rows_of(shape, [[document] for document in kind[start : start + half]]) for kind in kinds]
         for start in range(0, len(kinds[0]), half)
     ]
-    rows = fill_rows(drawn, width)
+    rows = [[drawn[number] for number in row] for row in fill_rows([len(d["input_ids"]) for d in drawn], width)]
     packed = [[rows_of(shape, rows[start : start + 2], width)] for start in range(0, len(rows), 2)]
     measured = []
     for setting in ("plain", "fast"):

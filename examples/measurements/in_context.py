@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from processing_mmgpt.few_shot_mmgpt import few_shot
+from processing_mmgpt.evaluation.few_shot import few_shot
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

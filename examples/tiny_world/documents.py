@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from modeling_mmgpt import MMGPTForConditionalGeneration
 from processing_mmgpt import MMGPTProcessor
-from processing_mmgpt.collator_mmgpt import IGNORED
+from processing_mmgpt.data.collator import IGNORED
 from processing_mmgpt.processing_mmgpt import pad_rows
 
 from . import corpus

@@ -13,20 +13,9 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from .dialogues_mmgpt import (
-    Record,
-    exchange,
-    field,
-    file_name,
-    path_field,
-    read_alpaca_gpt4,
-    read_baize,
-    read_dolly,
-    read_llava,
-    read_llava_dial,
-    strings,
-)
-from .phrases_mmgpt import CONFIRM, DESCRIBE, OPINION, REASON
+from .dialogues import read_alpaca_gpt4, read_baize, read_dolly, read_llava, read_llava_dial
+from .phrases import CONFIRM, DESCRIBE, OPINION, REASON
+from .records import Record, exchange, field, file_name, path_field, strings
 
 
 Reader = Callable[[Record, random.Random], Record]

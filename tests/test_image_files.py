@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,14 @@ import pytest
 from PIL import Image
 
 from processing_mmgpt import MMGPTImageProcessor
-from processing_mmgpt.fetching_mmgpt import PictureError, is_public
-from processing_mmgpt.pictures_mmgpt import OWN_PICTURES, PicturePolicy, open_picture
+from processing_mmgpt.image_files_mmgpt import OWN_IMAGES, ImageError, ImagePolicy, open_image
+from processing_mmgpt.serving.fetching import fetch, is_public
 
 
 HOST, SECOND = "pictures.example", "cdn.example"
 PUBLIC = "93.184.216.34"
-NOWHERE = PicturePolicy()
-TO_HOST = PicturePolicy(hosts=(HOST, SECOND), timeout=1.0, max_bytes=100_000)
+NOWHERE = ImagePolicy()
+TO_HOST = ImagePolicy(fetch=partial(fetch, hosts=(HOST, SECOND), timeout=1.0), max_bytes=100_000)
 
 
 def encoded(kind="PNG", size=(8, 6), mode="RGB", **options) -> bytes:
@@ -309,8 +310,8 @@ def internet(monkeypatch):
 
 
 def refuse(source, policy=NOWHERE) -> str:
-    with pytest.raises(PictureError) as caught:
-        MMGPTImageProcessor(size=224).square(open_picture(source, policy))
+    with pytest.raises(ImageError) as caught:
+        MMGPTImageProcessor(size=224).square(open_image(source, policy))
     message = str(caught.value)
     assert message.endswith(".") and len(message) < 400
     assert not re.search(r"0x[0-9a-f]{9}|Traceback|Errno|BytesIO", message)  # CVE-2026-22778: addresses of the memory
@@ -340,9 +341,11 @@ def test_an_address_inside_is_refused_in_every_spelling(internet, host):
     port = internet.server.server_port
     allowed = host.strip("[]").lower()
     refuse(f"http://{host}:{port}/secret.png")
-    message = refuse(f"http://{host}:{port}/secret.png", PicturePolicy(hosts=(f"{allowed}:{port}",)))
+    message = refuse(
+        f"http://{host}:{port}/secret.png", ImagePolicy(fetch=partial(fetch, hosts=(f"{allowed}:{port}",)))
+    )
     assert "not public" in message or "could not be fetched" in message  # no name to this system's resolver
-    refuse(f"https://{host}/secret.png", PicturePolicy(hosts=(allowed,)))
+    refuse(f"https://{host}/secret.png", ImagePolicy(fetch=partial(fetch, hosts=(allowed,))))
     assert not internet.tried and not internet.server.hits
 
 
@@ -385,17 +388,17 @@ def test_names_that_lead_inside_are_refused(internet, name):
 
 def test_a_name_is_looked_up_once_and_the_address_that_was_checked_is_used(internet):
     internet.names[HOST] = [[PUBLIC], ["127.0.0.1"]]
-    assert open_picture(f"http://{HOST}/a.png", TO_HOST).size == (8, 6)
+    assert open_image(f"http://{HOST}/a.png", TO_HOST).size == (8, 6)
     assert internet.tried == [PUBLIC] and internet.server.hits == [f"{HOST}/a.png"]
 
 
 def test_an_allowed_host_is_fetched_from_and_its_redirects_are_followed(internet):
     internet.names[SECOND] = [[PUBLIC]]
     internet.server.location = f"http://{SECOND}/a.png?size=large"
-    picture = open_picture(f"http://{HOST}/redirect", TO_HOST)
+    picture = open_image(f"http://{HOST}/redirect", TO_HOST)
     assert picture.tobytes() == Image.open(io.BytesIO(GOOD)).tobytes()
     assert internet.server.hits == [f"{HOST}/redirect", f"{SECOND}/a.png?size=large"]
-    picture = open_picture(f"http://{HOST}:8080/a.png", PicturePolicy(hosts=(f"{HOST}:8080",)))
+    picture = open_image(f"http://{HOST}:8080/a.png", ImagePolicy(fetch=partial(fetch, hosts=(f"{HOST}:8080",))))
     assert picture.size == (8, 6)
 
 
@@ -413,16 +416,16 @@ def test_still_pictures_are_opened_from_bytes_and_data_urls(kind):
     options = {"save_all": True, "append_images": [Image.new("RGB", (4, 3))]} if kind == "MPO" else {}
     data = encoded(kind, **options)
     for source in (data, data_url(data), data_url(data, "jpeg").replace("data:image/jpeg", "DATA:image/jpeg")):
-        assert open_picture(source, NOWHERE).size == (8, 6)
+        assert open_image(source, NOWHERE).size == (8, 6)
 
 
 def test_own_pictures_are_opened_by_path_and_in_more_formats(tmp_path):
     for kind in ("PNG", "BMP", "TIFF", "PPM", "JPEG2000"):
         path = tmp_path / f"a.{kind}"
         path.write_bytes(encoded(kind))
-        assert open_picture(path).size == open_picture(str(path)).size == (8, 6)
+        assert open_image(path).size == open_image(str(path)).size == (8, 6)
     with pytest.raises(FileNotFoundError):
-        open_picture(tmp_path / "missing.png")
+        open_image(tmp_path / "missing.png")
 
 
 @pytest.mark.parametrize("wrong", ["folder", "pipe", "a" * 5000, "a\0b", "http://pictures.example/a.png", "device"])
@@ -431,7 +434,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, wrong):
         os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     path = "/dev/zero" if wrong == "device" else str(tmp_path / wrong) if wrong in ("folder", "pipe") else wrong
-    refuse(path, OWN_PICTURES)
+    refuse(path, OWN_IMAGES)
 
 
 def test_sixteen_bits_of_grey_keep_their_contrast():
@@ -439,12 +442,12 @@ def test_sixteen_bits_of_grey_keep_their_contrast():
     for kind in ("PNG", "TIFF"):
         buffer = io.BytesIO()
         Image.fromarray(ramp).save(buffer, kind)
-        picture = open_picture(buffer.getvalue())
+        picture = open_image(buffer.getvalue())
         assert np.array_equal(np.asarray(picture), ramp >> 8)
     for values in (ramp.astype(np.int32), (ramp / 65535).astype(np.float32)):
         buffer = io.BytesIO()
         Image.fromarray(values).save(buffer, "TIFF")
-        assert "8 bits" in refuse(buffer.getvalue(), OWN_PICTURES)
+        assert "8 bits" in refuse(buffer.getvalue(), OWN_IMAGES)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "P", "PA", "LA", "1", "L", "RGBA"])
@@ -453,12 +456,12 @@ def test_other_modes_show_what_they_hold(mode):
     Image.new("RGB", (30, 30), (200, 0, 0)).convert(mode.replace("PA", "P")).save(
         buffer, "TIFF" if mode == "CMYK" else "PNG"
     )
-    picture = MMGPTImageProcessor(size=24).square(open_picture(buffer.getvalue()))
+    picture = MMGPTImageProcessor(size=24).square(open_image(buffer.getvalue()))
     expected = Image.open(buffer).convert("RGB").getpixel((0, 0))
     assert picture.mode == "RGB" and picture.size == (24, 24) and picture.getpixel((3, 3)) == expected
 
 
 def test_a_square_stays_as_it_is():
     processor = MMGPTImageProcessor(size=24)
-    once = processor.square(open_picture(encoded(size=(50, 30))))
+    once = processor.square(open_image(encoded(size=(50, 30))))
     assert processor.square(once).tobytes() == once.tobytes() and once.size == (24, 24)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from .messages_mmgpt import normalise, take_images
-from .readers_mmgpt import READERS
+from ..messages_mmgpt import Video, normalise, take_images
+from .readers import READERS
 
 
 MESSAGES = "messages"  # the reader of records that are in our form already
@@ -43,7 +43,7 @@ def read_record(record: Any, reader: str, root: str | None, rng: random.Random) 
     if not isinstance(record, dict):
         raise ValueError("The record is no JSON object.")
     result = _in_our_form(record) if reader == MESSAGES else READERS[reader](record, rng)
-    return {"messages": result["messages"], "images": [_picture(image, root) for image in result["images"]]}
+    return {"messages": result["messages"], "images": [_image(image, root) for image in result["images"]]}
 
 
 def _in_our_form(record: dict[str, Any]) -> dict[str, list]:
@@ -57,13 +57,13 @@ def _in_our_form(record: dict[str, Any]) -> dict[str, list]:
     return {"messages": messages, "images": images}
 
 
-def _picture(image: Any, root: str | None) -> Any:
+def _image(image: Any, root: str | None) -> Any:
     if isinstance(image, list | tuple):  # the frames of a video
-        return [_picture(frame, root) for frame in image]
-    if isinstance(image, dict) and image.get("type") == "video":
-        return {"type": "video", "video": _picture(image.get("video"), root)}
+        return [_image(frame, root) for frame in image]
+    if isinstance(image, Video):
+        return Video(_image(image.source, root))
     if isinstance(image, dict):  # a picture of `datasets` that is not decoded
-        return image["bytes"] if image.get("bytes") is not None else _picture(image.get("path"), root)
+        return image["bytes"] if image.get("bytes") is not None else _image(image.get("path"), root)
     if not isinstance(image, str) or image.startswith("data:"):
         return image
     if root is None:
@@ -203,7 +203,7 @@ def _read_list(path: str) -> Iterator[tuple[int, str, Any, str | None]]:
             yield number, text[start:end], record, None
             number, at, size = number + 1, closes + 1, CHUNK
         if (text[at:] + _characters(file)).strip():
-            raise ValueError(f"{path}: wrong JSON: something stands behind the list.")
+            raise ValueError(f"{path}: wrong JSON: something follows the list.")
 
 
 def _characters(file: TextIO, size: int = -1) -> str:

@@ -26,14 +26,14 @@ from torch.nn.functional import cosine_similarity, normalize
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
-from .messages_mmgpt import IMAGE_SOURCES, normalise, take_images
-from .processing_mmgpt import MMGPTProcessor
+from ..messages_mmgpt import IMAGE_SOURCES, normalise, take_images
+from ..processing_mmgpt import MMGPTProcessor
 
 
 Record = dict[str, list]
 Extract = Callable[[Sequence[Any]], torch.Tensor]  # pictures -> features (K, D)
 
-TEMPLATE = Path(__file__).with_name("few_shot_template_mmgpt.jinja").read_text(encoding="utf-8")
+TEMPLATE = Path(__file__).with_name("few_shot_template.jinja").read_text(encoding="utf-8")
 
 # The prompts of OpenFlamingo's evaluation, and what stands between two examples there:
 # https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/eval/models/open_flamingo.py
@@ -63,15 +63,15 @@ def few_shot(support: Sequence[Record], query: Record, with_images: bool = True)
     """
     messages, images = [], []
     for number, record in enumerate([*support, query]):
-        turns, pictures = take_images(normalise(record["messages"]), record.get("images"))
+        turns, own = take_images(normalise(record["messages"]), record.get("images"))
         is_query, ends_in = number == len(support), turns[-1]["role"]
         if (ends_in == "assistant") == is_query:
             what = "The query" if is_query else f"Support example {number}"
             raise ValueError(f"{what} ends in a turn of the {ends_in}: only the query waits for a response.")
         if not is_query and not with_images:
-            turns, pictures = [_without_images(turn) for turn in turns], []
+            turns, own = [_without_images(turn) for turn in turns], []
         messages += turns
-        images += pictures
+        images += own
     return {"messages": normalise(messages), "images": images}
 
 
@@ -97,7 +97,7 @@ def interleaved_prompts(
         records: Each from [`few_shot`], or a query alone.
         question: What is written for a user turn with a text, which takes the place of `{}`.
         caption: What is written for a user turn of pictures alone.
-        separator: What stands behind each `<|endofchunk|>`. OpenFlamingo's evaluation has a line break there, its
+        separator: What follows each `<|endofchunk|>`. OpenFlamingo's evaluation has a line break there, its
             README nothing.
         bos_token: What begins a row. By default, as in the reference, what the tokenizer writes by itself: that of
             LLaMA its BOS, that of GPT-NeoX and MPT nothing, though it has one.
@@ -147,12 +147,12 @@ def choose_similar(pool: torch.Tensor, queries: torch.Tensor, num_shots: int) ->
     return similarity.topk(num_shots, dim=-1).indices.flip(-1).tolist()
 
 
-def build_index(path: str | os.PathLike, pictures: Sequence[Any], extract: Extract, batch_size: int = 64) -> Path:
+def build_index(path: str | os.PathLike, images: Sequence[Any], extract: Extract, batch_size: int = 64) -> Path:
     """Write the features of a pool to a safetensors file, which appears only when it is complete.
 
     Args:
         path: The file.
-        pictures: One for each example, in any form that `extract` takes.
+        images: One for each example, in any form that `extract` takes.
         extract: Turns pictures into features `(K, D)`. Those of a model's tower are
             `modeling_mmgpt.vision_mmgpt.pooled_features` of what the image processor makes of them.
         batch_size: Pictures handed to `extract` at once.
@@ -161,10 +161,10 @@ def build_index(path: str | os.PathLike, pictures: Sequence[Any], extract: Extra
         ValueError: If the pool is empty.
     """
     path = Path(path)
-    if not pictures:
+    if not images:
         raise ValueError("An index needs at least one picture.")
-    starts = tqdm(range(0, len(pictures), batch_size), desc="Features", leave=False)
-    features = torch.cat([extract(pictures[start : start + batch_size]).float().cpu() for start in starts])
+    starts = tqdm(range(0, len(images), batch_size), desc="Features", leave=False)
+    features = torch.cat([extract(images[start : start + batch_size]).float().cpu() for start in starts])
     tensors = {"features": features, "probe": _probe(extract)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -217,5 +217,5 @@ def load_index(path: str | os.PathLike, extract: Extract, pool_size: int) -> tor
 def _probe(extract: Extract) -> torch.Tensor:
     """The feature `(1, D)` of a picture that is always the same: coloured noise in blocks."""
     blocks = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    picture = Image.fromarray(blocks).resize((64, 64), Image.Resampling.NEAREST)
-    return extract([picture]).float().cpu()
+    image = Image.fromarray(blocks).resize((64, 64), Image.Resampling.NEAREST)
+    return extract([image]).float().cpu()

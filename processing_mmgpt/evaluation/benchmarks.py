@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .annotations_mmgpt import confined, read_file
-from .few_shot_mmgpt import CAPTION, QUESTION, SEPARATOR
-from .metrics_mmgpt import bleu, cider_d, vqa_accuracy
+from ..data.annotations import confined, read_file
+from .few_shot import CAPTION, QUESTION, SEPARATOR
+from .metrics import bleu, cider_d, vqa_accuracy
 
 
 # As the code has it; its docstrings say that the length penalty is -2.0 by default.
@@ -56,7 +56,7 @@ class Benchmark:
 
 
 def support_record(benchmark: Benchmark, sample: Sample, as_instruction: bool) -> dict[str, list]:
-    """A sample as an example: a turn that asks and one that answers, for [`~few_shot_mmgpt.few_shot`]."""
+    """A sample as an example: a turn that asks and one that answers, for `few_shot.few_shot`."""
     query = query_record(benchmark, sample, as_instruction)
     answer = {"role": "assistant", "content": [{"type": "text", "text": sample["answer"]}]}
     return {**query, "messages": [*query["messages"], answer]}

@@ -6,13 +6,11 @@ cache of `datasets`, which all processes and workers share. A table gets its nam
 all that its latents depend on: what has changed is never found, and made anew.
 """
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -24,13 +22,15 @@ from safetensors.torch import load, save
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from .fetching_mmgpt import PictureError, shorten
-from .image_processing_mmgpt import MMGPTImageProcessor
-from .mixture_mmgpt import BLANK, Reading, has_pictures
+from ..image_files_mmgpt import ImageError, shorten
+from ..image_processing_mmgpt import MMGPTImageProcessor
+from ..messages_mmgpt import Latents, Video
+from .reading import BLANK, Reading
 
 
-PICTURES_PER_TABLE = 2_048  # what a killed run loses at most, and what is made anew where one picture has changed
-PICTURES_PER_BATCH = 32
+FORMAT = "1"  # to be raised where pixels are made in another way: latents of others are not used
+IMAGES_PER_TABLE = 2_048  # what a killed run loses at most, and what is made anew where one picture has changed
+IMAGES_PER_BATCH = 32
 COLUMNS = datasets.Features({"latents": datasets.Value("binary"), "problem": datasets.Value("string")})
 
 Place = tuple[str, int, int] | None  # source, row, number of the picture in it; `None` is the black picture
@@ -44,7 +44,7 @@ def keep_latents(
     fingerprint: str,
     num_workers: int = 0,
 ) -> datasets.Dataset:
-    """Have the records of a mixture bring latents in place of pictures; those that are not kept yet are made first.
+    """Put latents in place of the images of a mixture's records; those that are not kept yet are made first.
 
     Every process of a run calls this; they share the work. The rows, their order and their draws stay as they are,
     and so do the policies: a picture that cannot be read is noted in the table, and skipped, replaced or raised for
@@ -52,7 +52,7 @@ def keep_latents(
     that end a run without latents: videos, and pictures too long and thin to be resized.
 
     Args:
-        data: From [`~processing_mmgpt.mixture_mmgpt.load_instruction_dataset`], not streamed, or rows of it.
+        data: From [`~processing_mmgpt.data.mixture.load_instruction_dataset`], not streamed, or rows of it.
         image_processor: Turns pictures into pixels.
         encode: `pixel_values` `(B, M, F, 3, size, size)` and `num_frames` `(B, M)` to `(B, M, N, D_vision)`, as
             [`~modeling_mmgpt.training.latents.frozen_encoder`] makes it.
@@ -60,7 +60,7 @@ def keep_latents(
         num_workers: Worker processes that open pictures.
 
     Returns:
-        The same rows; an image of a record is `{"type": "latents", "latents": (N, D_vision)}`.
+        The same rows; an image of a record is [`~processing_mmgpt.messages_mmgpt.Latents`].
 
     Raises:
         ValueError: If `data` is streamed or no mixture, or on a picture that cannot be read.
@@ -68,10 +68,10 @@ def keep_latents(
     reading = data.format["format_kwargs"].get("transform") if isinstance(data, datasets.Dataset) else None
     if not isinstance(reading, Reading):
         raise ValueError("Latents are kept for a mixture on the disk: not for a stream, nor for another dataset.")
-    places = _find_pictures(reading)
-    keys, size = list(places), PICTURES_PER_TABLE
+    places = _find_images(reading)
+    keys, size = list(places), IMAGES_PER_TABLE
     tables = [{key: places[key] for key in keys[start : start + size]} for start in range(0, len(keys), size)]
-    fingerprint = f"{fingerprint} {image_processor.to_json_string()} {_code()}"
+    fingerprint = f"{fingerprint} {image_processor.to_json_string()} {FORMAT}"
     make = partial(_open_table, reading, image_processor, encode, fingerprint, num_workers)
     state = PartialState()
     first = state.process_index * len(tables) // state.num_processes
@@ -83,7 +83,7 @@ def keep_latents(
     return data.with_transform(replace(reading, open=partial(_look_up, table, index[order], order)))
 
 
-def picture_key(image: Any) -> str:
+def image_key(image: Any) -> str:
     """Tell a picture or a video from all others: a file by its path, size and time of last change, else by its bytes.
 
     Returns:
@@ -92,10 +92,10 @@ def picture_key(image: Any) -> str:
     Raises:
         FileNotFoundError: If there is no such file.
     """
-    if isinstance(image, dict):
-        image = f"data:video {picture_key(image['video'])}"
+    if isinstance(image, Video):
+        image = f"data:video {image_key(image.source)}"
     elif isinstance(image, list | tuple):
-        image = f"data:frames {' '.join(map(picture_key, image))}"
+        image = f"data:frames {' '.join(map(image_key, image))}"
     elif isinstance(image, Image.Image):
         image = f"{image.mode} {image.size}".encode() + image.tobytes()
     elif isinstance(image, str) and not image.startswith("data:"):
@@ -104,18 +104,31 @@ def picture_key(image: Any) -> str:
     return hashlib.sha256(image.encode() if isinstance(image, str) else image).hexdigest()
 
 
-def _find_pictures(reading: Reading) -> dict[str, Place]:
+def _find_images(reading: Reading) -> dict[str, Place]:
     """Find where each picture of all sources stands first, in their order; none is opened."""
-    keys = replace(reading, open=picture_key, log=_no_log)
-    places: dict[str, Place] = {picture_key(Image.new("RGB", BLANK)): None}
+    places: dict[str, Place] = {image_key(Image.new("RGB", BLANK)): None}
     for name, rows in reading.parts.items():
-        if not has_pictures(reading.sources[name], rows):
-            continue
-        for number, row in enumerate(rows):
-            record = keys.read(row)
-            for image, key in enumerate(record["images"] if record else ()):
-                places.setdefault(key, (name, number, image))
+        if reading.sources[name].has_images(rows.column_names):
+            for number, row in enumerate(rows):
+                for image, key in _keys(reading, row):
+                    places.setdefault(key, (name, number, image))
     return places
+
+
+def _keys(reading: Reading, row: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """Number and key of each image of a row that is there; what is missing is logged when the row is read."""
+    try:
+        images = reading.record(row)["images"]
+    except ValueError:
+        if reading.mixture.on_bad_record == "raise":
+            raise
+        return
+    for number, image in enumerate(images):
+        try:
+            yield number, image_key(image)
+        except FileNotFoundError as error:
+            if reading.mixture.on_bad_image == "raise":
+                raise ValueError(f"A picture of {row['source']!r} is missing: {image}") from error
 
 
 def _open_table(
@@ -140,10 +153,10 @@ def _make_rows(
 ) -> Iterator[dict[str, Any]]:
     loaded = partial(_load, reading, image_processor)
     own = torch.Generator()  # the training goes on with the random numbers that it would have drawn
-    for pictures in DataLoader(places, PICTURES_PER_BATCH, collate_fn=loaded, num_workers=num_workers, generator=own):
-        frames = [one for one in pictures if isinstance(one, torch.Tensor)]  # each (F, 3, size, size)
+    for images in DataLoader(places, IMAGES_PER_BATCH, collate_fn=loaded, num_workers=num_workers, generator=own):
+        frames = [one for one in images if isinstance(one, torch.Tensor)]  # each (F, 3, size, size)
         latents = iter(_encode(encode, frames) if frames else ())
-        for one in pictures:
+        for one in images:
             problem = one if isinstance(one, str) else None
             yield {"latents": save({"latents": next(latents)}) if problem is None else None, "problem": problem}
 
@@ -157,15 +170,14 @@ def _encode(encode: Encode, frames: list[torch.Tensor]) -> torch.Tensor:
 
 def _load(reading: Reading, image_processor: MMGPTImageProcessor, places: list[Place]) -> list[torch.Tensor | str]:
     """Open pictures: the frames `(F, 3, size, size)` of each, or what is wrong with it."""
-    sources = replace(reading, open=lambda image: image, log=_no_log)
     loaded: list[torch.Tensor | str] = []
     for place in places:
         try:
             image = Image.new("RGB", BLANK)
             if place is not None:
                 name, row, number = place
-                image = sources.read(reading.parts[name][row])["images"][number]
-            loaded.append(image_processor.frames(reading.picture(image)))
+                image = reading.record(reading.parts[name][row])["images"][number]
+            loaded.append(image_processor.frames(image))
         except (OSError, TypeError, ValueError) as error:
             if reading.mixture.on_bad_image == "raise":
                 raise ValueError(f"A picture of {name!r} cannot be read: {error}") from error
@@ -173,24 +185,13 @@ def _load(reading: Reading, image_processor: MMGPTImageProcessor, places: list[P
     return loaded
 
 
-def _look_up(table: datasets.Dataset, index: np.ndarray, order: np.ndarray, image: Any) -> dict[str, Any]:
+def _look_up(table: datasets.Dataset, index: np.ndarray, order: np.ndarray, image: Any) -> Latents:
     """Give the latents of a picture; raise as opening it did, where it cannot be read."""
-    key = picture_key(image).encode()
+    key = image_key(image).encode()
     at = np.searchsorted(index, key)
     if at == len(index) or index[at] != key:
         raise RuntimeError(f"{shorten(str(image))} has changed while the run goes on: start it again.")
     kept = table[int(order[at])]
     if kept["problem"] is not None:
-        raise PictureError(kept["problem"])
-    return {"type": "latents", **load(kept["latents"])}
-
-
-def _no_log(*_) -> None:
-    """Log nothing: a row is logged when it is read to be trained on."""
-
-
-@functools.cache
-def _code() -> str:
-    """What makes pixels; latents of pixels that others made are not used."""
-    files = [Path(__file__).with_name(f"{name}_mmgpt.py") for name in ("image_processing", "pictures", "videos")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        raise ImageError(kept["problem"])
+    return Latents(load(kept["latents"])["latents"])

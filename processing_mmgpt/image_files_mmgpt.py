@@ -6,47 +6,49 @@ import io
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .fetching_mmgpt import PictureError, fetch, shorten
+
+class ImageError(ValueError):
+    """A picture that is refused. The message says which and why, and nothing of the decoder's or network's insides."""
 
 
 @dataclass(frozen=True)
-class PicturePolicy:
+class ImagePolicy:
     """What may be opened as a picture. The default is for strangers' pictures, as behind a server.
 
     Bytes and data URLs are always opened, within the limits.
 
     Args:
         paths: Open files of this machine by their paths.
-        hosts: Fetch `http` and `https` addresses of these hosts, such as `"example.org"` or `"example.org:8443"`.
+        fetch: `(address, max_bytes)` to the bytes of a file, for `http` and `https` addresses, such as
+            `functools.partial(processing_mmgpt.serving.fetching.fetch, hosts=["example.org"])`; without, no address.
         formats: The formats that are decoded, under Pillow's names.
         max_bytes: Size of the largest file.
         max_pixels: Pixels of the largest picture, read off its header before anything is decoded.
-        timeout: Seconds that fetching one picture may take.
     """
 
     paths: bool = False
-    hosts: tuple[str, ...] = ()
+    fetch: Callable[[str, int], bytes] | None = None
     formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF")
     max_bytes: int = 32 * 2**20
     max_pixels: int = 50_000_000
-    timeout: float = 10.0
 
 
-OWN_PICTURES = PicturePolicy(
+OWN_IMAGES = ImagePolicy(
     paths=True,
-    formats=(*PicturePolicy.formats, "BMP", "TIFF", "PPM", "JPEG2000"),
+    formats=(*ImagePolicy.formats, "BMP", "TIFF", "PPM", "JPEG2000"),
     max_bytes=2**30,
     max_pixels=64_000_000,
 )
 
 
-def open_picture(
-    source: Image.Image | np.ndarray | str | os.PathLike | bytes, policy: PicturePolicy = OWN_PICTURES
+def open_image(
+    source: Image.Image | np.ndarray | str | os.PathLike | bytes, policy: ImagePolicy = OWN_IMAGES
 ) -> Image.Image:
     """Open one picture, wholly decoded and turned upright by its EXIF orientation.
 
@@ -58,7 +60,7 @@ def open_picture(
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If `source` is something else.
-        PictureError: If it is refused: by the policy, or because it is no picture, an animated, damaged or truncated
+        ImageError: If it is refused: by the policy, or because it is no picture, an animated, damaged or truncated
             one, or one without a known range of values.
     """
     if isinstance(source, Image.Image):
@@ -79,35 +81,35 @@ def open_picture(
 def reject_remote(path: str | os.PathLike) -> None:
     """Raise if the path of a video is an address: no video is fetched from a network."""
     if re.match(r"\s*[a-zA-Z][\w+.-]+:", str(path)):
-        raise PictureError(f"Videos are not fetched from {shorten(str(path))}: load it yourself and give its bytes.")
+        raise ImageError(f"Videos are not fetched from {shorten(str(path))}: load it yourself and give its bytes.")
 
 
-def _from_url(url: str, scheme: str, policy: PicturePolicy) -> Image.Image:
+def _from_url(url: str, scheme: str, policy: ImagePolicy) -> Image.Image:
     if scheme == "data":
         data = _data_url(url, policy.max_bytes)
         return _decode(io.BytesIO(data), len(data), "The picture in the data URL", policy)
-    if not policy.hosts:
+    if policy.fetch is None:
         own = "load it yourself and give the picture or a path" if policy.paths else "send it as a data URL"
-        raise PictureError(f"Pictures are not fetched from {shorten(url)}: {own}.")
-    data = fetch(url, policy.hosts, policy.max_bytes, policy.timeout)
+        raise ImageError(f"Pictures are not fetched from {shorten(url)}: {own}.")
+    data = policy.fetch(url, policy.max_bytes)
     return _decode(io.BytesIO(data), len(data), f"The picture at {shorten(url)}", policy)
 
 
-def _from_path(path: str | os.PathLike, policy: PicturePolicy) -> Image.Image:
+def _from_path(path: str | os.PathLike, policy: ImagePolicy) -> Image.Image:
     if not policy.paths:
-        raise PictureError("Pictures are not read from paths here: send them as data URLs.")
+        raise ImageError("Pictures are not read from paths here: send them as data URLs.")
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise PictureError(f"{path} is no file.")
+                raise ImageError(f"{path} is no file.")
             return _decode(file, status.st_size, str(path), policy)
     except FileNotFoundError:
         raise
-    except PictureError:
+    except ImageError:
         raise
     except (OSError, ValueError) as error:  # a folder, a name too long or with a null in it, no permission
-        raise PictureError(f"{shorten(str(path))} cannot be opened as a file.") from error
+        raise ImageError(f"{shorten(str(path))} cannot be opened as a file.") from error
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -117,66 +119,69 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def _data_url(url: str, max_bytes: int) -> bytes:
     header, _, data = url.partition(",")
     if not re.fullmatch(r"data:(image/[\w.+-]+)?;base64", header, re.IGNORECASE):
-        raise PictureError(
-            f"A data URL of a picture begins with data:image/...;base64, and not with {shorten(header)}."
-        )
+        raise ImageError(f"A data URL of a picture begins with data:image/...;base64, and not with {shorten(header)}.")
     if len(data) // 4 * 3 > max_bytes + 2:
-        raise PictureError(f"The picture in the data URL is larger than the {max_bytes:,} bytes that are read.")
+        raise ImageError(f"The picture in the data URL is larger than the {max_bytes:,} bytes that are read.")
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise PictureError("The data URL is not valid base64.") from None
+        raise ImageError("The data URL is not valid base64.") from None
 
 
-def _decode(file, size: int, name: str, policy: PicturePolicy) -> Image.Image:
+def _decode(file, size: int, name: str, policy: ImagePolicy) -> Image.Image:
     if size > policy.max_bytes:
-        raise PictureError(f"{name} has {size:,} bytes, more than the {policy.max_bytes:,} that are read.")
+        raise ImageError(f"{name} has {size:,} bytes, more than the {policy.max_bytes:,} that are read.")
     try:
-        picture = Image.open(file, formats=policy.formats)
-        # MPO is JPEG with previews behind it, from a camera.
-        is_animated = picture.format != "MPO" and getattr(picture, "is_animated", False)
+        image = Image.open(file, formats=policy.formats)
+        # MPO is a camera's JPEG, with previews after it.
+        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except UnidentifiedImageError:
-        raise PictureError(f"{name} is no picture of a format that is read: {', '.join(policy.formats)}.") from None
+        raise ImageError(f"{name} is no picture of a format that is read: {', '.join(policy.formats)}.") from None
     except Image.DecompressionBombError:
-        raise PictureError(f"{name} has more pixels than the {policy.max_pixels:,} that are read.") from None
+        raise ImageError(f"{name} has more pixels than the {policy.max_pixels:,} that are read.") from None
     except Exception as error:  # a decoder raises whatever the byte that is wrong leads to
-        raise PictureError(_damaged(name)) from error
-    if picture.width * picture.height > policy.max_pixels:
-        raise PictureError(
-            f"{name} has {picture.width} x {picture.height} pixels, more than the {policy.max_pixels:,} that are read."
+        raise ImageError(_damaged(name)) from error
+    if image.width * image.height > policy.max_pixels:
+        raise ImageError(
+            f"{name} has {image.width} x {image.height} pixels, more than the {policy.max_pixels:,} that are read."
         )
     if is_animated:
-        raise PictureError(f"{name} is animated or has several pages: give one of them as a picture of its own.")
-    return _to_eight_bits(_load(picture, name), name)
+        raise ImageError(f"{name} is animated or has several pages: give one of them as a picture of its own.")
+    return _to_eight_bits(_load(image, name), name)
 
 
-def _load(picture: Image.Image, name: str) -> Image.Image:
+def _load(image: Image.Image, name: str) -> Image.Image:
     try:
-        picture.load()
-        return ImageOps.exif_transpose(picture)
+        image.load()
+        return ImageOps.exif_transpose(image)
     except Exception as error:  # as above; and EXIF is a format of its own
-        raise PictureError(_damaged(name)) from error
+        raise ImageError(_damaged(name)) from error
 
 
 def _damaged(name: str) -> str:
     return f"{name} cannot be read as a picture, it may be damaged or cut short."
 
 
-def _to_eight_bits(picture: Image.Image, name: str) -> Image.Image:
+def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Take the high byte of 16-bit grey, as Pillow does for 16-bit colour; it would clip grey to white, silently."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise PictureError(f"{name} has 32 bits a pixel, without a known range: save it with 8 bits.")
-    return picture
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{name} has 32 bits a pixel, without a known range: save it with 8 bits.")
+    return image
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise PictureError(
+        raise ImageError(
             f"A picture array has shape (height, width) or (height, width, 3 or 4) and dtype uint8; got {array.shape} "
             f"and {array.dtype}."
         )
     if array.size == 0:
-        raise PictureError(f"A picture array has to hold pixels; got {array.shape}.")
+        raise ImageError(f"A picture array has to hold pixels; got {array.shape}.")
     return Image.fromarray(array)
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """Quote somebody's text in a message, cut to a line."""
+    return repr(text if len(text) <= length else text[:length] + "...")

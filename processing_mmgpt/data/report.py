@@ -1,6 +1,6 @@
 r"""A report on a mixture, to be read before a training is paid for.
 
-    python -m processing_mmgpt.report_mmgpt mixture.yaml --processor FOLDER --output report --max_length 512
+    python -m processing_mmgpt.data.report mixture.yaml --processor FOLDER --output report --max_length 512
 
 It reads every row once, one at a time: rows for each source, records that cannot be read, pictures missing or broken,
 lengths in tokens, rows that are too long, the lengths of answers, and three samples with what is learnt in colour.
@@ -13,13 +13,15 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .collator_mmgpt import MMGPTCollator
-from .mixture_mmgpt import Mixture, Reading, Source, has_pictures, open_source, read_mixture
-from .processing_mmgpt import MMGPTProcessor
+from ..processing_mmgpt import MMGPTProcessor
+from .collator import MMGPTCollator
+from .mixture import open_source
+from .reading import Reading
+from .recipe import Mixture, Source, read_mixture
 
 
 SHORT = 5  # words that a short answer has at most
@@ -69,15 +71,14 @@ def examine(
         mixture: A mixture that `read_mixture` read.
         processor: What renders and tokenizes.
         max_length: The most tokens of a row in the training.
-        limit: Look at so many rows only, from the start.
+        limit: The most rows to look at, from the start.
 
     Returns:
         What was found, and a record for a sample, if there is one.
     """
     findings, samples = Findings(), []
     for record in _records(source, mixture, findings, limit):
-        row = processor.encode_chat(record["messages"], record["images"])
-        length = len(row["input_ids"])
+        length = len(processor.encode_chat(record["messages"], record["images"]).input_ids)
         findings.tokens[length // TOKEN_BIN] += 1
         findings.longest = max(findings.longest, length)
         if max_length is not None and length > max_length:
@@ -94,15 +95,16 @@ def examine(
 
 def _records(source: Source, mixture: Mixture, findings: Findings, limit: int | None) -> Iterator[dict[str, list]]:
     """The records of a source that can be trained on; what is wrong with the others is counted."""
-
-    def count(mixture: Mixture, source: Source, row: dict[str, Any], problem: str) -> None:
-        findings.problems[problem.partition(": ")[0]] += 1
-
-    reading = Reading(replace(mixture, on_bad_record="skip", on_bad_image="skip"), 0, {}, count)
+    reading = Reading(mixture.model_copy(update={"on_bad_image": "skip"}), 0, {})  # so that pictures are opened
     for row in itertools.islice(open_source(source, mixture), limit):
         findings.rows += 1
-        if (record := reading.read(row)) is not None:
-            yield record
+        try:
+            record = reading.record(row)
+            images = [reading.image(image) for image in record["images"]]
+        except ValueError as error:
+            findings.problems[str(error).partition(": ")[0]] += 1
+        else:
+            yield {**record, "images": images}
 
 
 def _too_long(record: dict[str, Any], collator: MMGPTCollator, findings: Findings) -> None:
@@ -152,9 +154,9 @@ def _quantile(counts: Counter, share: float) -> int:
 
 def render(record: dict[str, Any], processor: MMGPTProcessor) -> str:
     """Render a record as it is tokenized, with what is learnt in colour."""
-    row = processor.encode_chat(record["messages"], record["images"])
+    chat = processor.encode_chat(record["messages"], record["images"])
     text, run, inside = "", [], 0
-    for token, learnt in [*zip(row["input_ids"], row["assistant_masks"], strict=True), (None, None)]:
+    for token, learnt in [*zip(chat.input_ids, chat.learnt, strict=True), (None, None)]:
         if run and learnt != inside:
             # Somebody else's text on somebody's terminal: no control characters but line breaks and tabs.
             piece = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "?", processor.tokenizer.decode(run))
@@ -187,7 +189,7 @@ def report(
         mixture: A mixture that `read_mixture` read.
         processor: What renders and tokenizes.
         max_length: The most tokens of a row in the training.
-        limit: Look at so many rows of each source only.
+        limit: The most rows of each source to look at.
 
     Returns:
         The text, and what was found in each source.
@@ -197,7 +199,7 @@ def report(
         found, sample = examine(source, mixture, processor, max_length, limit)
         findings[source.name] = found
         samples += sample
-        kind = "with pictures" if has_pictures(source) else "text"
+        kind = "with pictures" if source.has_images() else "text"
         lines += describe(f"{source.name} ({source.reader}, {kind})", found, max_length)
     total = sum(found.rows for found in findings.values())
     bad = sum(sum(found.problems.values()) for found in findings.values())
@@ -215,7 +217,7 @@ def main() -> None:
     parser.add_argument("--processor", required=True, help="folder or Hub id of the model")
     parser.add_argument("--output", type=Path, help="folder for report.txt and report.png")
     parser.add_argument("--max_length", type=int, help="the most tokens of a row in the training")
-    parser.add_argument("--limit", type=int, help="look at so many rows of each source only")
+    parser.add_argument("--limit", type=int, help="the most rows of each source to look at")
     arguments = parser.parse_args()
     processor = MMGPTProcessor.from_pretrained(arguments.processor)
     text, findings = report(read_mixture(arguments.mixture), processor, arguments.max_length, arguments.limit)

@@ -13,18 +13,16 @@ import time
 from collections.abc import Collection
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from ..image_files_mmgpt import ImageError, shorten
+
 
 MAX_REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052, the last 32 bits are an IPv4 address
 
 
-class PictureError(ValueError):
-    """A picture that is refused. The message says which and why, and nothing of the decoder's or network's insides."""
-
-
-def fetch(url: str, hosts: Collection[str], max_bytes: int, timeout: float) -> bytes:
-    """Fetch the file behind an address.
+def fetch(url: str, max_bytes: int, hosts: Collection[str], timeout: float = 10.0) -> bytes:
+    """Fetch the file behind an address; with its hosts bound, the `fetch` of an `ImagePolicy`.
 
     Every address on the way, redirects included, has to be of an allowed host. Its name is looked up once, each
     address it has has to be a public one, and the connection goes to the address that was checked. Proxies of the
@@ -32,12 +30,12 @@ def fetch(url: str, hosts: Collection[str], max_bytes: int, timeout: float) -> b
 
     Args:
         url: An `http` or `https` address.
-        hosts: Names that are allowed, such as `"example.org"`, with the port unless it is the usual one.
         max_bytes: Size of the largest file that is read.
+        hosts: Names that are allowed, such as `"example.org"`, with the port unless it is the usual one.
         timeout: Seconds for all of it, from the first connection on.
 
     Raises:
-        PictureError: If an address is refused, or nothing comes back from it in size and time.
+        ImageError: If an address is refused, or nothing comes back from it in size and time.
     """
     deadline = time.monotonic() + timeout
     for _ in range(MAX_REDIRECTS + 1):
@@ -45,30 +43,30 @@ def fetch(url: str, hosts: Collection[str], max_bytes: int, timeout: float) -> b
         try:
             location, body = _get(target, _public_address(target), max_bytes, deadline)
         except (OSError, http.client.HTTPException) as error:
-            raise PictureError(f"The picture at {shorten(url)} could not be fetched.") from error
+            raise ImageError(f"The picture at {shorten(url)} could not be fetched.") from error
         if location is None:
             return body
         try:
             url = urljoin(url, location)
         except ValueError:
-            raise PictureError(f"{shorten(url)} leads to what is no address.") from None
-    raise PictureError(f"The picture at {shorten(url)} is behind more than {MAX_REDIRECTS} redirects.")
+            raise ImageError(f"{shorten(url)} leads to what is no address.") from None
+    raise ImageError(f"The picture at {shorten(url)} is behind more than {MAX_REDIRECTS} redirects.")
 
 
 def check_url(url: str, hosts: Collection[str]) -> SplitResult:
-    """Take an address apart; raise `PictureError` unless it is a plain one of an allowed host."""
+    """Take an address apart; raise `ImageError` unless it is a plain one of an allowed host."""
     if not re.fullmatch(r"[!-\[\]-~]+", url):  # printable ASCII without the backslash, which readers take differently
-        raise PictureError(f"{shorten(url)} is no plain address: it holds spaces, backslashes or other than ASCII.")
+        raise ImageError(f"{shorten(url)} is no plain address: it holds spaces, backslashes or other than ASCII.")
     try:
         target = urlsplit(url)
         port = target.port or PORTS.get(target.scheme)
     except ValueError:
-        raise PictureError(f"{shorten(url)} is no address.") from None
+        raise ImageError(f"{shorten(url)} is no address.") from None
     if target.scheme not in PORTS or not target.hostname or "@" in target.netloc:
-        raise PictureError(f"Pictures are fetched by http and https, without user and password; got {shorten(url)}.")
+        raise ImageError(f"Pictures are fetched by http and https, without user and password; got {shorten(url)}.")
     host = target.hostname if port == PORTS[target.scheme] else f"{target.hostname}:{port}"
     if host not in hosts:
-        raise PictureError(f"Pictures are not fetched from {shorten(host)}: it is not among the allowed hosts.")
+        raise ImageError(f"Pictures are not fetched from {shorten(host)}: it is not among the allowed hosts.")
     return target
 
 
@@ -89,11 +87,11 @@ def _public_address(target: SplitResult) -> tuple[str, int]:
     port = target.port or PORTS[target.scheme]
     try:
         found = socket.getaddrinfo(target.hostname, port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:  # a name that is none, to the codec of host names
+    except UnicodeError as error:  # the codec of host names refuses it
         raise OSError(f"{target.hostname} is no host name") from error
     addresses = [entry[4][0] for entry in found]
     if not all(map(is_public, addresses)):
-        raise PictureError(f"Pictures are not fetched from {shorten(target.hostname)}: its address is not public.")
+        raise ImageError(f"Pictures are not fetched from {shorten(target.hostname)}: its address is not public.")
     return addresses[0], port
 
 
@@ -139,15 +137,10 @@ def _ask(sock: socket.socket, target: SplitResult, max_bytes: int) -> tuple[str 
         return location, b""
     url = shorten(target.geturl())
     if response.status != 200 or response.getheader("Content-Encoding", "identity") != "identity":
-        raise PictureError(f"{url} answers with status {response.status}, or compressed; expected a file as it is.")
+        raise ImageError(f"{url} answers with status {response.status}, or compressed; expected a file as it is.")
     body = response.read(max_bytes + 1)
     if len(body) > max_bytes:
-        raise PictureError(f"The file at {url} is larger than the {max_bytes:,} bytes that are read.")
+        raise ImageError(f"The file at {url} is larger than the {max_bytes:,} bytes that are read.")
     if response.length:  # what it announced and did not send
         raise http.client.IncompleteRead(body, response.length)
     return None, body
-
-
-def shorten(text: str, length: int = 80) -> str:
-    """Quote somebody's text in a message, cut to a line."""
-    return repr(text if len(text) <= length else text[:length] + "...")

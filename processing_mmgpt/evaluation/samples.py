@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .messages_mmgpt import image_parts, normalise
-from .processing_mmgpt import MMGPTProcessor
+from ..messages_mmgpt import IMAGE_SOURCES, normalise, take_images
+from ..processing_mmgpt import MMGPTProcessor
 
 
 class SampleCallback(TrainerCallback):
@@ -55,13 +55,12 @@ def split_last_response(record: dict[str, Any]) -> tuple[dict[str, Any], str]:
     Raises:
         ValueError: If there is no response.
     """
-    messages = normalise(record["messages"])
+    messages, images = take_images(normalise(record["messages"]), record.get("images"))
     at = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if at is None:
         raise ValueError("A sample needs a response to compare with; the record has none.")
-    places = sum(source is None for _, source in image_parts(messages[:at]))
-    images = (record.get("images") or [])[:places]
-    return {"messages": messages[:at], "images": images}, messages[at]["content"][0]["text"]
+    lost = sum(part["type"] in IMAGE_SOURCES for message in messages[at:] for part in message["content"])
+    return {"messages": messages[:at], "images": images[: len(images) - lost]}, messages[at]["content"][0]["text"]
 
 
 @torch.no_grad()

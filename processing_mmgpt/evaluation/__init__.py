@@ -1,0 +1,1 @@
+"""Prompts from examples, public benchmarks and their scores. Nothing in here travels to the Hub."""
