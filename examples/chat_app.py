@@ -26,6 +26,8 @@ from pathlib import Path
 
 import gradio as gr
 import httpx
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AsyncTextIteratorStreamer, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
@@ -104,11 +106,12 @@ def edit(history: list[dict], edited: gr.EditData) -> list[dict]:
 
 def choose_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Switch to one of the adapters that were loaded, or to the bare model."""
+    # By PEFT itself: transformers 5.24 refuses its own methods for it under every PEFT before 0.22.
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(adapter != NO_ADAPTER)
     if adapter != NO_ADAPTER:
-        model.enable_adapters()
-        model.set_adapter(adapter)
-    elif adapters(model):
-        model.disable_adapters()
+        set_adapter(model, adapter, inference_mode=True)
 
 
 def adapters(model: PreTrainedModel) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import chat_app
 import gradio as gr
+import peft
 import pytest
 import torch
 from PIL import Image
@@ -166,7 +167,7 @@ def test_two_who_chose_different_adapters_get_each_their_own(make_model, process
     config = lora_config(model, r=4, lora_alpha=64, init_lora_weights=False)
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
-        model.add_adapter(config, name)
+        peft.inject_adapter_in_model(config, model, name)
     choices = [chat_app.NO_ADAPTER, "one", "two"]
     assert chat_app.adapters(model) == ["one", "two"]
     alone = [asyncio.run(collect(model, processor, name, max_new_tokens=12)) for name in choices]
@@ -241,8 +242,8 @@ def app(browser, tmp_path_factory):
     adapter, temporary = tmp_path_factory.mktemp("adapters") / "other", tmp_path_factory.mktemp("temporary")
     model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)
     torch.manual_seed(0)
-    model.add_adapter(lora_config(model, r=4, lora_alpha=64, init_lora_weights=False))
-    model.save_pretrained(adapter)
+    config = lora_config(model, r=4, lora_alpha=64, init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(adapter)
     with serve(temporary, "--adapter", adapter) as address:
         yield address, temporary
     assert not list(temporary.glob("mmgpt-chat-*"))  # the uploads are gone

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 
 import av
 import nbformat
+import peft
 import pytest
 import torch
 from nbclient import NotebookClient
@@ -76,8 +77,7 @@ def adapter(tmp_path_factory) -> Path:
     """What the quickstart leaves, but for the five minutes: an adapter of the tiny base that has learnt nothing."""
     base, folder = ROOT / "examples" / "tiny_world" / "base", tmp_path_factory.mktemp("quickstart") / "adapter"
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    model.add_adapter(lora_config(model))
-    model.save_pretrained(folder)
+    peft.get_peft_model(model, lora_config(model)).save_pretrained(folder)
     AutoProcessor.from_pretrained(base).save_pretrained(folder)
     return folder
 
