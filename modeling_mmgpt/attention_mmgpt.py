@@ -57,6 +57,7 @@ def attend(
     Returns:
         `(B, T, H*head_dim)` and the weights `(B, H, T, S)`, `None` unless eager.
     """
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    implementation = getattr(module.config, "_attn_implementation", "sdpa")
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
     attended, weights = attention(module, query, key, value, mask, scaling=module.scaling, is_causal=False)
     return attended.flatten(-2), weights

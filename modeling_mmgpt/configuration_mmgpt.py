@@ -3,8 +3,19 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, PreTrainedConfig
 
+
+# Every door opens this file first. The number is also in setup.cfg, which does not travel to the Hub.
+OLDEST_TRANSFORMERS = "5.24"
+
+if Version(transformers.__version__).release < Version(OLDEST_TRANSFORMERS).release:
+    raise ImportError(
+        f"This model needs transformers {OLDEST_TRANSFORMERS} or newer, and {transformers.__version__} is installed: "
+        "`pip install -U transformers`."
+    )
 
 RESAMPLER_DEFAULTS = {
     "depth": 6,
@@ -205,12 +216,9 @@ class MMGPTConfig(PreTrainedConfig):
         if self.text_config.model_type == MMGPTVisionConfig.model_type:
             raise ValueError("text_config is the config of a vision tower; it has to be that of a causal LM.")
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
-        chosen = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
+        if kwargs.get("attn_implementation") is None:  # of no part: each, as one of a model in use, keeps its own
+            kwargs["attn_implementation"] = {}
         super().__post_init__(**kwargs)
-        # transformers has just set the parts' attention to that of the whole, none yet: a model in use keeps its own.
-        for name, implementation in chosen.items():
-            if getattr(self, name)._attn_implementation is None:
-                getattr(self, name)._attn_implementation = implementation
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:

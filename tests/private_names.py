@@ -1,10 +1,8 @@
 """Which names of our dependencies are private, and what is left of our packages where one of them is hidden.
 
-Private is a name with a leading underscore that we did not define, and one that lies below the top level of a
-dependency and that no model file of transformers imports (from transformers), or the dependency does not document
-(from the others: `DOCUMENTED`).
-
-    python tests/private_names.py NAME[,NAME ...] FOLDER [ADAPTER]    # load and generate with these names hidden
+Private is a name with a leading underscore that we did not define or that transformers calls (`HOOKS`), and one that
+is imported from below the top level of a dependency, unless a model file of transformers imports it as well or the
+dependency documents it there (`DOCUMENTED`).
 """
 
 import ast
@@ -24,14 +22,15 @@ DEPENDENCIES = ("transformers", "trl", "peft", "accelerate", "huggingface_hub", 
 DOCUMENTED = {
     "accelerate.utils",
     "huggingface_hub.errors",
-    "open_clip.transformer",
+    "peft.functional",
+    "peft.tuners.tuners_utils",
     "peft.utils",
+    "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.nn",
     "torch.nn.functional",
+    "torch.nn.utils.rnn",
     "torch.utils.data",
-    "torch.utils.checkpoint",
-    "torch.nn.attention.flex_attention",
 }
 
 

@@ -2,10 +2,14 @@
 
 import configparser
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from modeling_mmgpt.configuration_mmgpt import OLDEST_TRANSFORMERS
 
 
 ROOT = Path(__file__).parents[1]
@@ -48,3 +52,12 @@ def test_every_page_installs_the_tested_set():
     installs = re.findall(r'pip install -e (?:\.|\\?"\S+)(.{0,19})', text)
     assert len(installs) > 10
     assert set(installs) == {" -c constraints.txt"}
+
+
+def test_an_older_transformers_is_refused_by_name_and_the_floor_is_that_of_setup_cfg():
+    (asked,) = {str(requirement.specifier) for requirement in requirements() if requirement.name == "transformers"}
+    assert f">={OLDEST_TRANSFORMERS}" in asked.split(",")
+    code = "import transformers; transformers.__version__ = '5.23.1'; import modeling_mmgpt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"ImportError: This model needs transformers {OLDEST_TRANSFORMERS} or newer, and 5.23.1" in done.stderr

@@ -1,0 +1,91 @@
+"""Private names of our dependencies: which are left, and that none is needed to import, load and generate."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import BASE
+from private_names import ROOT, private_names
+
+from push_to_hub import stage
+
+
+# Name -> what goes without it. A new one does not come in: find the public way, or argue for a line here.
+ALLOWED = {
+    # Read or called by transformers on every model class; without them its defaults hold.
+    "_attn_implementation": "attention is sdpa",
+    "_can_compile_fullgraph": "a compiled forward of transformers' own loop",
+    "_init_weights": "fresh resamplers and towers are drawn as LMs draw theirs",
+    "_no_split_modules": "device_map",
+    "_supports_attention_backend": "continuous batching",
+    "_supports_sdpa": "attention is eager",
+    "_tied_weights_keys": "PEFT's way to follow a tie",
+    # Joining a tower and an LM: transformers would draw their weights anew.
+    "_is_hf_initialized": "from_vision_text_pretrained",
+    # Training.
+    "PREFIX_CHECKPOINT_DIR": "checkpoints",
+    "TRAINER_STATE_NAME": "checkpoints",
+    "_get_output_dir": "checkpoints",
+    "_save_checkpoint": "checkpoints",
+    "get_last_checkpoint": "checkpoints",
+    "rotate_checkpoints": "checkpoints",
+    "find_adapter_config_file": "train_sft.py, to go on with an adapter",
+    # Publishing: which files are remote code is transformers' rule.
+    "get_relative_import_files": "push_to_hub.py",
+    # Templates with spans, for labels.
+    "render_jinja_template": "training",
+    # The server: transformers' own chat handler.
+    "ChatCompletionHandler": "serve.py",
+    "GenerateManager": "serve.py",
+    "GenerationState": "serve.py",
+    "Modality": "serve.py",
+    "ModelManager": "serve.py",
+    "_build_generation_config": "serve.py",
+    # Measurements.
+    "_compile_all_devices": "benchmark.py",
+    "add_fused_lm_head": "benchmark.py",
+    "local_torch_dtype": "benchmark.py",
+    "_dynamo": "compile_parts, benchmark.py",
+}
+
+
+@pytest.fixture(scope="module")
+def folders(adapter, tmp_path_factory):
+    """The base and an adapter, as they lie here and as they are staged for the Hub with their code."""
+    staged = tmp_path_factory.mktemp("staged")
+    for name, folder in (("base", BASE), ("adapter", adapter)):
+        stage(folder, f"someone/{name}", staged / name, base_model="someone/base" if name == "adapter" else None)
+    return {"packages": {"base": BASE, "adapter": adapter}, "remote": {"base": staged / "base"}}
+
+
+def generated(names, how, folder, picture, tmp_path) -> str:
+    """The ids that a process of its own generates with some names hidden from our files."""
+    tmp_path.mkdir(exist_ok=True)
+    program = ROOT / "tests" / "private_names.py"
+    command = [sys.executable, program, ",".join(names), tmp_path / "pyc", how, folder, picture]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONSAFEPATH": "1", "PYTHONPATH": ""}
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next(line for line in done.stdout.splitlines() if line.startswith("IDS"))
+
+
+def test_no_private_name_has_come_in():
+    found = private_names()
+    assert set(found) == set(ALLOWED), {name: sorted(files) for name, files in found.items() if name not in ALLOWED}
+
+
+def test_with_all_of_them_hidden_base_and_adapter_generate_the_same(folders, scene, tmp_path):
+    for how, of in folders.items():
+        for kind, folder in of.items():
+            ids = [generated(names, how, folder, scene, tmp_path / str(len(names))) for names in ((), ALLOWED)]
+            assert ids[0] == ids[1], (how, kind)
+
+
+@pytest.mark.bars
+@pytest.mark.parametrize("name", ALLOWED)
+def test_with_one_of_them_hidden_base_and_adapter_generate_the_same(folders, scene, tmp_path, name):
+    for how, of in folders.items():
+        for folder in of.values():
+            ids = [generated(names, how, folder, scene, tmp_path / str(len(names))) for names in ((), (name,))]
+            assert ids[0] == ids[1]
