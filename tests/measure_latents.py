@@ -44,7 +44,7 @@ def train(folder: Path, output: str, *more: str) -> dict[str, float]:
     command = [sys.executable, "examples/train_sft.py", "--model_name_or_path", "examples/tiny_world/base"]
     command += ["--data", str(folder / "records.jsonl"), "--output_dir", str(folder / output), "--report_to", "none"]
     command += ["--num_train_epochs", "2", "--per_device_train_batch_size", "32", "--learning_rate", "1e-3", *more]
-    command += ["--gradient_checkpointing", "false", "--save_strategy", "no", "--use_cpu", "true"]
+    command += ["--activation_checkpointing", "false", "--save_strategy", "no", "--use_cpu", "true"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)

@@ -132,7 +132,7 @@ def test_training_moves_lora_and_nothing_else(make_model, processor, records, tm
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = SFTConfig(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1,
-        gradient_checkpointing=checkpointed, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+        activation_checkpointing=checkpointed, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
         max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, seed=0,
     )  # fmt: skip
     trainer = SFTTrainer(

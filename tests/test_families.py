@@ -116,7 +116,7 @@ def checkpointed(tiny):
     for enabled in (False, True):
         model = copy.deepcopy(tiny.model).train()
         if enabled:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(0)  # of the dropout
         model(**tiny.batch, pixel_values=tiny.pictures, labels=tiny.batch["input_ids"]).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

@@ -296,7 +296,7 @@ def test_checkpointing_gives_the_same_gradients(make_model, ids, pixels, family,
         model = make_model(family).train()
         model.freeze(vision=True)
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         batch = ids("a#b#cd__", "abcdefgh")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         # A cache asked for in vain: recomputation would fill it twice.

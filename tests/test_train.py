@@ -150,7 +150,7 @@ def options(world: Path, output: Path, base: str = "base", data: str = "records.
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 2,
         "lora_r": 2,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,

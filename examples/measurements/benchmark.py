@@ -267,7 +267,7 @@ def trainee(model: nn.Module, kind: str, setting: str) -> tuple[nn.Module, torch
         add_fused_lm_head(model)
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     if setting == "lean":
-        peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+        peft_model.activation_checkpointing_enable({"use_reentrant": False})
         peft_model.enable_input_require_grads()
     if setting != "plain":
         compile_parts(model, backend=BACKEND)

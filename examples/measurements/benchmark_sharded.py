@@ -32,7 +32,7 @@ class Arguments:
     batch_size: int = 8  # rows of a GPU, one picture each
     length: int = 512  # tokens of a row
     steps: int = 10  # that are timed, after three that are not
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     tiny: bool = False
 
 
@@ -53,12 +53,12 @@ def config_of(tiny: bool) -> MMGPTConfig:
     )
 
 
-def build(config: MMGPTConfig, device: torch.device, gradient_checkpointing: bool) -> FSDPModule:
+def build(config: MMGPTConfig, device: torch.device, activation_checkpointing: bool) -> FSDPModule:
     """Build on the meta device, adapt, shard, and give each process memory for its part."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+        if activation_checkpointing:
+            model.activation_checkpointing_enable()
         units = set(model._no_split_modules)
         model = peft.get_peft_model(model, lora_config(model), autocast_adapter_dtype=False)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -95,7 +95,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     torch.manual_seed(dist.get_rank())
     config = config_of(args.tiny)
-    model = build(config, device, args.gradient_checkpointing)
+    model = build(config, device, args.activation_checkpointing)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     batch, seconds = batch_of(config, args, device), []
     for _ in range(3 + args.steps):
