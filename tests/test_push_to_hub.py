@@ -55,6 +55,7 @@ print("IDS", model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tol
 
 # What lies flat in a package is remote code: it travels. The entry files, and what lies flat without being any.
 FLAT = {
+    "modeling_mmgpt": (("modeling_mmgpt.py",), {"__init__.py", "adapters_mmgpt.py", "converting_mmgpt.py"}),
     "processing_mmgpt": (("processing_mmgpt.py", "image_processing_mmgpt.py"), {"__init__.py"}),
 }
 
