@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from modeling_mmgpt.adapters_mmgpt import lora_config, quantization_config, show_head_bias
+from modeling_mmgpt.adapters_mmgpt import check_adapter, lora_config, quantization_config, show_head_bias
 from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
 from modeling_mmgpt.training.latents import frozen_encoder
@@ -90,6 +90,7 @@ def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
     is_adapter = find_adapter_config_file(path) is not None
     if is_adapter:
         base = PeftConfig.from_pretrained(path).base_model_name_or_path
+        check_adapter(path, AutoConfig.from_pretrained(base))
     quantization = quantization_config() if script.load_in_4bit else None
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", quantization_config=quantization)
     if script.fill_vocabulary:

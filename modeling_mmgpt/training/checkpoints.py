@@ -183,7 +183,8 @@ def _sums(path: Path) -> dict[str, int | str] | None:
     """Size in bytes and SHA-256 of a file; `None` if it is not there."""
     try:
         with path.open("rb") as file:
-            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
     except FileNotFoundError:
         return None
 
