@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -193,3 +194,20 @@ def test_a_folder_that_cannot_be_written_into_is_said(tmp_path):
             pass
     with pytest.raises(OSError, match=r"cannot be written into: .*\. Give another"), one_run("/proc/nothing/out"):
         pass
+
+
+class Killed(Dataset):
+    """Rows whose reader is killed, as where memory runs out."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, number):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_explained(tmp_path):
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught, one_run(tmp_path):
+        next(iter(DataLoader(Killed(), num_workers=1)))
+    (note,) = caught.value.__notes__
+    assert "out of memory" in note and "lower dataloader_num_workers" in note and "--resume" in note

@@ -90,6 +90,8 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 def one_run(output_dir: str | os.PathLike) -> Iterator[None]:
     """Keep an output folder for one run, whatever the number of its processes, until the block ends or they do.
 
+    If a worker that reads data dies in the block, its error gets a note that says what may have happened.
+
     Args:
         output_dir: The folder; it is made if need be. A file `.lock` stays in it.
 
@@ -100,6 +102,14 @@ def one_run(output_dir: str | os.PathLike) -> Iterator[None]:
     _by_main_process(_acquire, lock)
     try:
         yield
+    except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error):
+            error.add_note(
+                "A worker that reads data has died. If it was killed or ran out of memory, the machine has too little "
+                "for so many: lower dataloader_num_workers or dataloader_prefetch_factor. --resume goes on from "
+                "the last whole checkpoint."
+            )
+        raise
     finally:
         lock.release()
 
