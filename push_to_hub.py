@@ -38,6 +38,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_mmgpt
 import processing_mmgpt
+from modeling_mmgpt import MMGPTConfig
+from modeling_mmgpt.adapters_mmgpt import check_adapter
 from modeling_mmgpt.saving.leaks import check_folder, check_text
 from modeling_mmgpt.saving.whole import whole
 
@@ -80,7 +82,8 @@ def stage(
 
     Raises:
         FileNotFoundError: If `source` is neither adapter nor model, has no processor, or its base cannot be found.
-        ValueError: If a file to be published holds a secret or a path of this machine.
+        ValueError: If a file to be published holds a secret or a path of this machine; if an adapter does not fit its
+            base.
     """
     is_adapter = (source / "adapter_config.json").is_file()
     if not is_adapter and not (source / "config.json").is_file():
@@ -131,7 +134,10 @@ def _settle_base(folder: Path, repo: str, base_model: str | None, base_revision:
         name = base_model or recorded
     named = {"base_model_name_or_path": name, "revision": revision}
     _update(folder / "adapter_config.json", lambda config: config | named)
-    facts = _facts_of_base(recorded if Path(recorded).is_dir() else name, revision)
+    base = recorded if Path(recorded).is_dir() else name
+    facts = _facts_of_base(base, revision)
+    if (config := _open_file(base, "config.json", revision)) is not None:
+        check_adapter(folder, MMGPTConfig.from_pretrained(config))
     return facts | {"base": name, "base_revision": revision}
 
 

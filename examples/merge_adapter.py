@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import processing_mmgpt  # noqa: F401 - for the Auto classes
+from modeling_mmgpt.adapters_mmgpt import check_adapter
 from modeling_mmgpt.saving.whole import whole
 from modeling_mmgpt.speed.fusing import fuse_projections
 
@@ -30,11 +31,13 @@ def load_base(adapter: str, dequantize: bool = False) -> tuple[PreTrainedModel, 
         The base, and the data type that it was saved in.
 
     Raises:
-        ValueError: If its weights are quantised, and `dequantize` does not ask for their full size.
+        ValueError: If the adapter does not fit it; if its weights are quantised, and `dequantize` does not ask for
+            their full size.
     """
     recorded = PeftConfig.from_pretrained(adapter)
     name, revision = recorded.base_model_name_or_path, recorded.revision
     config = AutoConfig.from_pretrained(name, revision=revision)
+    check_adapter(adapter, config)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not dequantize:
         raise ValueError(

@@ -24,9 +24,10 @@ from transformers import Trainer, TrainingArguments, set_seed
 from trl import TrlParser
 
 from modeling_mmgpt import MMGPTForConditionalGeneration
-from modeling_mmgpt.training.checkpoints import TrainerMixin, last_checkpoint
-from modeling_mmgpt.training.weights import keep_rows
+from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
+from modeling_mmgpt.training.weights import decayed_weights, keep_rows
 from processing_mmgpt import MMGPTCollator, MMGPTProcessor, load_instruction_dataset
+from processing_mmgpt.data.recipe import files_of
 from processing_mmgpt.evaluation.few_shot import TEMPLATE
 
 
@@ -49,8 +50,12 @@ class ScriptArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint, if there is one"})
 
 
-class BaseTrainer(TrainerMixin, Trainer):
+class BaseTrainer(Trainer):
     """The Trainer of transformers; of embedding and head, it trains the rows of the new tokens alone."""
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Name the weights that decay, see [`decayed_weights`]."""
+        return decayed_weights(model)
 
     def training_step(self, model, *args, **kwargs) -> torch.Tensor:
         """Compute gradients, and zero those of all other rows before they count in the norm that is clipped."""
@@ -79,9 +84,8 @@ def join(script: ScriptArguments) -> tuple[MMGPTForConditionalGeneration, MMGPTP
     return model, processor
 
 
-def main() -> None:
+def train(script: ScriptArguments, config: TrainingArguments) -> None:
     """Join, train, save model and processor."""
-    script, config = TrlParser((ScriptArguments, TrainingArguments)).parse_args_and_config()
     data = load_instruction_dataset(script.data, config.seed)
     if isinstance(data, IterableDataset):
         data = data.repeat(None)  # one endless epoch: where a run resumes, steps then say how many rows to pass over
@@ -93,7 +97,12 @@ def main() -> None:
         processor, max_length=script.max_length, placeholder_image=config.world_size > 1, template=DOCUMENT
     )
     trainer = BaseTrainer(
-        model=model, args=config, train_dataset=data, data_collator=collator, processing_class=processor
+        model=model,
+        args=config,
+        train_dataset=data,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=[WholeCheckpoints(config, files_of(script.data))],
     )
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed keeps gradients to itself, so no rows can be chosen: launch with DDP or FSDP2.")
@@ -101,6 +110,13 @@ def main() -> None:
     trainer.save_model(config.output_dir)
     if trainer.accelerator.is_main_process:
         processor.save_pretrained(config.output_dir)
+
+
+def main() -> None:
+    """Read the options, and have the output folder alone while training."""
+    script, config = TrlParser((ScriptArguments, TrainingArguments)).parse_args_and_config()
+    with one_run(config.output_dir):
+        train(script, config)
 
 
 if __name__ == "__main__":

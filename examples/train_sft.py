@@ -22,16 +22,18 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from modeling_mmgpt.adapters_mmgpt import lora_config, quantization_config, show_head_bias
+from modeling_mmgpt.adapters_mmgpt import check_adapter, lora_config, quantization_config, show_head_bias
 from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
-from modeling_mmgpt.training.checkpoints import TrainerMixin, last_checkpoint
+from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
 from modeling_mmgpt.training.latents import frozen_encoder
+from modeling_mmgpt.training.weights import decayed_weights
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
 from processing_mmgpt.data.latents import keep_latents
+from processing_mmgpt.data.recipe import files_of
 from processing_mmgpt.evaluation.samples import SampleCallback
 from processing_mmgpt.messages_mmgpt import Latents
 
@@ -60,8 +62,12 @@ class ScriptArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint, if there is one"})
 
 
-class Trainer(TrainerMixin, SFTTrainer):
-    """TRL's Trainer with whole checkpoints and the decay of the reference."""
+class Trainer(SFTTrainer):
+    """TRL's Trainer with the decay of the reference."""
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Name the weights that decay, see [`decayed_weights`]."""
+        return decayed_weights(model)
 
 
 def split_data(script: ScriptArguments, config: SFTConfig) -> tuple[Dataset | IterableDataset, ...]:
@@ -84,6 +90,7 @@ def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
     is_adapter = find_adapter_config_file(path) is not None
     if is_adapter:
         base = PeftConfig.from_pretrained(path).base_model_name_or_path
+        check_adapter(path, AutoConfig.from_pretrained(base))
     quantization = quantization_config() if script.load_in_4bit else None
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", quantization_config=quantization)
     if script.fill_vocabulary:
@@ -106,11 +113,8 @@ def cache_pictures(trainer: Trainer) -> None:
         collator.placeholder_image = Latents(zero[0, 0].cpu())
 
 
-def main() -> None:
+def tune(script: ScriptArguments, config: SFTConfig) -> None:
     """Load, tune, save adapter and processor."""
-    parser = TrlParser((ScriptArguments, SFTConfig))
-    parser.set_defaults(bf16=torch.cuda.is_available())  # TRL's default is true, which a CPU refuses
-    script, config = parser.parse_args_and_config()
     data, held_out = split_data(script, config)
     model = load_model(script)
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
@@ -125,6 +129,7 @@ def main() -> None:
     config.remove_unused_columns = False
     config.accelerator_config.dispatch_batches = False  # a process reads its own rows; sent around, ragged ones break
     collator = MMGPTCollator(processor, max_length, packing, placeholder_image=config.world_size > 1)
+    read = [file for path in (script.data, script.eval_data) if path for file in files_of(path)]
     trainer = Trainer(
         model=model,
         args=config,
@@ -133,6 +138,7 @@ def main() -> None:
         data_collator=collator,
         processing_class=processor,
         peft_config=peft_config,
+        callbacks=[WholeCheckpoints(config, read)],
     )
     show_head_bias(trainer.model)
     if script.cache_pictures:
@@ -149,6 +155,15 @@ def main() -> None:
             {"data": {script.data.name: len(data)}} if isinstance(data, Dataset) else {}
         )
         Path(config.output_dir, "report.json").write_text(json.dumps(report, indent=1) + "\n")  # for push_to_hub.py
+
+
+def main() -> None:
+    """Read the options, and have the output folder alone while tuning."""
+    parser = TrlParser((ScriptArguments, SFTConfig))
+    parser.set_defaults(bf16=torch.cuda.is_available())  # TRL's default is true, which a CPU refuses
+    script, config = parser.parse_args_and_config()
+    with one_run(config.output_dir):
+        tune(script, config)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """LoRA and quantisation for MMGPT: the one place that names their modules. Not part of the remote code."""
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,12 +8,13 @@ from typing import TYPE_CHECKING
 import peft
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft.utils import TrainableTokensWrapper
+from peft.utils import TrainableTokensWrapper, load_peft_weights
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from .conditioning_mmgpt import decoder_layers
+from .configuration_mmgpt import MMGPTConfig
 from .modeling_mmgpt import MMGPTForConditionalGeneration
 
 
@@ -91,6 +93,34 @@ def new_token_rows(model: MMGPTForConditionalGeneration) -> dict[str, list[int]]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [embedding] if head.weight is embedding.weight else [embedding, head]
     return {name: rows for name, module in model.named_modules() if module in modules}
+
+
+def check_adapter(adapter: str | os.PathLike, config: MMGPTConfig) -> None:
+    """Look whether an adapter fits a base, before either is loaded: PEFT warns of missing weights, and of no others.
+
+    What `from_pretrained` and `load_adapter` load is looked at there.
+
+    Args:
+        adapter: Folder or Hub id of the adapter.
+        config: The config of the base.
+
+    Raises:
+        ValueError: If weights are missing, left over, of another shape or not finite; the first are named.
+    """
+    with torch.device("meta"):
+        model = peft.PeftModel(MMGPTForConditionalGeneration(config), peft.PeftConfig.from_pretrained(adapter))
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    found = load_peft_weights(str(adapter), device="cpu")
+    shapes = {name: (tuple(found[name].shape), tuple(expected[name].shape)) for name in found.keys() & expected}
+    wrong = {
+        "missing": expected.keys() - found,
+        "left over": found.keys() - expected - model.state_dict().keys(),
+        "of another shape": {f"{name} {is_}, {be} here" for name, (is_, be) in shapes.items() if is_ != be},
+        "not finite": {name for name, weight in found.items() if not weight.isfinite().all()},
+    }
+    wrong = [f"{len(names)} {what}, first {sorted(names)[:5]}" for what, names in wrong.items() if names]
+    if wrong:
+        raise ValueError(f"The adapter {adapter} does not fit its base: weights are {'; '.join(wrong)}.")
 
 
 def show_head_bias(model: nn.Module) -> None:

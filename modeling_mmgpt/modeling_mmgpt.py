@@ -6,6 +6,7 @@ Letters: `B` rows, `T` text tokens, `M` images in a row, `F` frames of an image,
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -67,6 +68,29 @@ class MMGPTPreTrainedModel(PreTrainedModel):
         """Load as every model of transformers; the tower's weights may have the names that open_clip gives them."""
         kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
         return super().from_pretrained(*args, **kwargs)
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str = "default", **kwargs):
+        """Load an adapter as every model of transformers, and as `from_pretrained` does; one has to fit.
+
+        Raises:
+            ValueError: If weights are missing, left over, of another shape or not finite; the first are named.
+        """
+        kwargs["ignore_mismatched_sizes"] = True  # else they are an error that does not name them
+        info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        is_its_own = re.compile(
+            rf"\.(lora_\w+|trainable_tokens_delta|modules_to_save)\.{re.escape(adapter_name)}(\.|$)"
+        )
+        weights = {name: weight for name, weight in self.named_parameters() if is_its_own.search(name)}
+        wrong = {
+            "missing": {name for name in info.missing_keys if name in weights},
+            "left over": info.unexpected_keys,
+            "of another shape": {f"{name} {tuple(is_)}, {tuple(be)} here" for name, is_, be in info.mismatched_keys},
+            "not finite": {name for name, weight in weights.items() if not weight.isfinite().all()},
+        }
+        wrong = [f"{len(names)} {what}, first {sorted(names)[:5]}" for what, names in wrong.items() if names]
+        if wrong:
+            raise ValueError(f"The adapter {peft_model_id} does not fit its base: weights are {'; '.join(wrong)}.")
+        return info
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -72,7 +72,7 @@ def private_names(sources: tuple[str, ...] = SOURCES) -> dict[str, set[str]]:
 # What transformers calls or reads on our classes by a private name: defined by us, and private all the same.
 HOOKS = frozenset(
     """_init_weights _no_split_modules _skip_keys_device_placement _supports_sdpa _supports_attention_backend
-    _can_compile_fullgraph _tied_weights_keys _get_output_dir _save_checkpoint _build_generation_config""".split()
+    _can_compile_fullgraph _tied_weights_keys _build_generation_config""".split()
 )
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
-from modeling_mmgpt.adapters_mmgpt import lora_config
+from modeling_mmgpt.adapters_mmgpt import check_adapter, lora_config
 from processing_mmgpt import MMGPTCollator
 
 
@@ -112,6 +113,48 @@ def test_an_adapter_comes_back_whatever_loads_it(make_model, ids, pixels, tmp_pa
     assert all(torch.equal(tokens[0], other) for other in tokens[1:])
     merged = loaded[-1].merge_and_unload()
     assert (merged(**batch).logits - expected).abs().max() < 1e-3
+
+
+SPOILED = {
+    "missing": lambda weights, name: weights.pop(name),
+    "left over": lambda weights, name: weights.update(
+        {name.replace(".layers.0.", ".layers.9."): weights[name].clone()}
+    ),
+    "of another shape": lambda weights, name: weights.update({name: weights[name].repeat(2, 1)}),
+    "not finite": lambda weights, name: weights[name].view(-1)[-1:].fill_(torch.inf),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_an_adapter_that_does_not_fit_is_an_error_that_names_weights(make_model, tmp_path, how):
+    base, adapter = str(tmp_path / "base"), tmp_path / "adapter"
+    make_model().save_pretrained(base)
+    model = MMGPTForConditionalGeneration.from_pretrained(base)
+    get_peft_model(model, lora_config(model, modules_to_save=["resampler"])).save_pretrained(adapter)
+    check_adapter(adapter, model.config)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in sorted(weights) if name.endswith("q_proj.lora_B.weight"))
+    SPOILED[how](weights, name)
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    layer = "9" if how == "left over" else "0"
+    said = rf"does not fit its base: weights are 1 {how}, first \['\S*\.layers\.{layer}\.\S*q_proj\.lora_B"
+    loaded = MMGPTForConditionalGeneration.from_pretrained(base)
+    doors = [
+        lambda: AutoModel.from_pretrained(adapter),
+        lambda: AutoModelForImageTextToText.from_pretrained(adapter),
+        lambda: loaded.load_adapter(adapter, "other"),
+        lambda: check_adapter(adapter, model.config),
+    ]
+    for door in doors:
+        with pytest.raises(ValueError, match=said):
+            door()
+
+
+def test_an_adapter_of_another_base_is_an_error(make_model, tmp_path):
+    small, large = (make_model(cross_attn_every_n_layers=n) for n in (2, 1))
+    get_peft_model(large, lora_config(large)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="20 left over, first"):
+        check_adapter(tmp_path, small.config)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -697,6 +698,69 @@ def test_a_hostile_pickle_does_not_run(tmp_path, base, where):
     if where != "plain":  # the payload is live: Python's own unpickler would run it
         pickle.loads(pickle.dumps(Bomb(burnt)))
         assert burnt.exists()
+
+
+def rewritten(source, target, name, change):
+    """Copy a `.pt` with another content, and its checksum, in one record."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            new.writestr(item.filename, change(data) if item.filename.endswith(name) else data)
+
+
+def flipped(source, target, name, at):
+    """Copy a `.pt` with a bit flipped in one record; its checksum stays."""
+    with zipfile.ZipFile(source) as file:
+        (record,) = [file.read(item) for item in file.infolist() if item.filename.endswith(name)]
+    content = bytearray(source.read_bytes())
+    content[content.index(record) + record.index(at)] ^= 1
+    target.write_bytes(content)
+
+
+def claimed(pickled: bytes) -> bytes:
+    """A pickle whose first storage claims 2^40 numbers."""
+    found = re.search(rb"cpuq.(K.|M..|J....)", pickled, re.S)
+    return pickled[: found.start(1)] + b"\x8a\x06" + (2**40).to_bytes(6, "little") + pickled[found.end(1) :]
+
+
+DAMAGED = {
+    "a short record": lambda source, target: rewritten(source, target, "/data/1", lambda data: data[:-8]),
+    "a flipped bit": lambda source, target: flipped(source, target, "/data/1", b""),
+    "2^40 numbers": lambda source, target: rewritten(source, target, ".pkl", claimed),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+@pytest.mark.parametrize("source", [V1 / "every1/checkpoint.pt", LORA / "final_weights_mmengine_config.pt"])
+def test_a_zip_is_held_to_its_own_sizes_and_checksums(tmp_path, source, how):
+    path = tmp_path / "damaged.pt"
+    DAMAGED[how](source, path)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        ValueError, match=r"damaged.pt is damaged: the records of \['\S+'\] are shorter .* or have changed"
+    ):
+        read_weights(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 100_000  # KiB on Linux
+
+
+def test_a_flipped_bit_in_what_names_the_weights_is_seen(tmp_path):
+    flipped(V1 / "every1/checkpoint.pt", tmp_path / "damaged.pt", ".pkl", b"perceiver")
+    with pytest.raises(ValueError, match="Bad CRC-32 for file .*data.pkl"):
+        read_weights(tmp_path / "damaged.pt")
+
+
+@pytest.mark.parametrize("kind", ["float8", "nested", "sparse"])
+def test_tensors_of_other_kinds_are_named(tmp_path, kind):
+    weight = {
+        "float8": lambda: torch.ones(4).to(torch.float8_e4m3fn),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "sparse": lambda: torch.eye(3).to_sparse(),
+    }[kind]()
+    torch.save({"whole": torch.ones(2), "odd": weight}, tmp_path / "odd.pt")
+    with pytest.raises(
+        ValueError, match=r"odd.pt holds \['odd'\] in a sparse, nested, quantised, 8-bit or empty form"
+    ):
+        read_weights(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])

@@ -136,6 +136,17 @@ def test_a_quantised_base_is_refused_unless_asked(make_base, monkeypatch, tmp_pa
         assert (merged[name] - weight).abs().max() <= 0.17 * weight.abs().max() + 1e-6, name
 
 
+def test_an_adapter_that_does_not_fit_is_not_merged(make_base, monkeypatch, tmp_path):
+    _, (adapter,) = make_base()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(
+        SystemExit, match=r"cannot be merged: .* does not fit its base: weights are \d+ of another shape"
+    ):
+        merge(monkeypatch, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_folder_that_is_there_is_not_overwritten(make_base, monkeypatch, tmp_path):
     _, (adapter,) = make_base()
     (tmp_path / "merged").mkdir()

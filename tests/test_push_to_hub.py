@@ -144,6 +144,16 @@ def test_a_base_that_is_gone_stops_the_staging_and_leaves_nothing(adapter, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
+def test_an_adapter_that_does_not_fit_its_base_stops_the_staging(adapter, tmp_path):
+    copy = copy_of(adapter, tmp_path)
+    weights = load_file(copy / "adapter_model.safetensors")
+    weights[min(weights)].fill_(torch.nan)
+    save_file(weights, copy / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit its base: weights are 1 not finite"):
+        push_to_hub.stage(copy, "someone/adapter", tmp_path / "staged")
+    assert not (tmp_path / "staged").exists()
+
+
 def test_a_folder_without_weights_or_processor_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter_config.json nor config.json"):
         push_to_hub.stage(tmp_path, "someone/nothing", tmp_path / "staged")

@@ -31,6 +31,7 @@ from trl import SFTConfig, TrlParser
 from modeling_mmgpt import MMGPTForConditionalGeneration
 from modeling_mmgpt.adapters_mmgpt import lora_config, new_token_rows, quantization_config
 from modeling_mmgpt.speed.compiling import compile_parts
+from modeling_mmgpt.training.checkpoints import one_run
 from modeling_mmgpt.training.weights import decayed_weights
 from processing_mmgpt import MMGPTCollator
 from processing_mmgpt.evaluation.samples import reply
@@ -202,12 +203,43 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(t
     )
     process.join(LIMIT)
     assert process.exitcode == -signal.SIGKILL
-    assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert list((killed / "unfinished" / "checkpoint-4").iterdir())
+    assert [path.parent.name for path in killed.glob("checkpoint-*/complete.json")] == ["checkpoint-2"]
+    assert list((killed / "checkpoint-4").iterdir())
     run(tmp_path / "log", "train_sft", *options(world, killed, save_total_limit=1), "--resume")
     assert_same_run(tmp_path / "whole", killed)
     assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-6"]
-    assert not (killed / "unfinished").exists()
+    assert "checkpoint-4 is passed over" in (tmp_path / "log.0").read_text()
+
+
+def test_a_spoiled_checkpoint_and_changed_data_are_said_where_a_run_goes_on(tmp_path, world):
+    out, data = tmp_path / "out", tmp_path / "texts.jsonl"
+    shutil.copy(world / "texts.jsonl", data)
+    given = {"data": data, "max_steps": 4}
+    run(tmp_path / "log", "train_sft", *options(world, out, **given))
+    spoiled = out / "checkpoint-4" / "adapter_model.safetensors"
+    content = bytearray(spoiled.read_bytes())
+    content[-1] ^= 1
+    spoiled.write_bytes(content)
+    data.write_text(data.read_text().replace("no 1", "no 2"))
+    run(tmp_path / "log", "train_sft", *options(world, out, **given), "--resume")
+    said = (tmp_path / "log.0").read_text()
+    assert f"{spoiled.parent} is passed over: {spoiled.name} has changed since it was written" in said
+    assert f"{data} has changed since checkpoint-2 was written" in said
+    assert bytes(content) != spoiled.read_bytes()  # written again
+
+
+def test_a_second_run_in_a_folder_is_refused_before_it_loads_anything(tmp_path):
+    with one_run(tmp_path / "out"):
+        for program in ("train_sft", "train_base"):
+            given = {"model_name_or_path": "nowhere"} if program == "train_sft" else {"vision": "no", "text": "no"}
+            given |= {"data": "nowhere.jsonl", "output_dir": tmp_path / "out", "use_cpu": True, "report_to": "none"}
+            pieces = [piece for key, value in given.items() for piece in (f"--{key}", str(value))]
+            started = start(tmp_path / "log", program, *pieces, processes=2)
+            for rank, process in enumerate(started):
+                process.join(LIMIT)
+                assert process.exitcode == 1
+                said = f"OSError: Another run writes into {tmp_path / 'out'}: wait for its end, or give another"
+                assert said in (tmp_path / f"log.{rank}").read_text().strip().splitlines()[-1]
 
 
 def test_a_killed_stream_goes_on_with_the_rows_that_come_next(tmp_path, world):
@@ -216,7 +248,7 @@ def test_a_killed_stream_goes_on_with_the_rows_that_come_next(tmp_path, world):
     run(tmp_path / "log", "train_sft", *options(world, tmp_path / "whole", **given))
     assert losses(tmp_path / "whole")[6:] != losses(tmp_path / "whole")[:2]
     (process,) = start(tmp_path / "log", "train_sft", *options(world, tmp_path / "killed", **given))
-    while not (tmp_path / "killed" / "checkpoint-6").exists() and process.is_alive():
+    while not (tmp_path / "killed" / "checkpoint-6" / "complete.json").exists() and process.is_alive():
         time.sleep(0.01)
     process.kill()
     process.join()
@@ -425,6 +457,17 @@ def test_an_adapter_of_a_filled_vocabulary_is_one_over_the_base_as_it_was(tmp_pa
     size = loaded.config.text_config.vocab_size
     assert size % 64 and filled.shape[-1] % 64 == 0
     torch.testing.assert_close(loaded(**text).logits, filled[..., :size], rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_does_not_fit_is_not_gone_on_with(tmp_path, world):
+    base = AutoModelForImageTextToText.from_pretrained(world / "still")
+    smaller = lora_config(base).target_modules
+    peft.get_peft_model(base, lora_config(base, language_mlp=True)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": smaller}))
+    script = train_sft.ScriptArguments(str(tmp_path), world / "records.jsonl")
+    with pytest.raises(ValueError, match=r"weights are 24 left over, first \['\S*mlp.down_proj.lora_A"):
+        train_sft.load_model(script)
 
 
 def test_an_adapter_goes_on_where_it_was_and_evaluation_is_shown(tmp_path, world):

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, holds more than tensors in one of the known forms, or tensors that are not finite
-            or larger than what the file holds of them.
+        ValueError: If it is damaged (a zip is checked by its own sizes and checksums), holds more than tensors in one
+            of the known forms, or tensors that are not finite or larger than what the file holds of them.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -47,7 +48,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         if str(path).endswith(".safetensors"):
             contents = load_file(path)
         else:
-            _reject_packed(path)
+            _check_zip(path)
             with torch.serialization.safe_globals(INERT):
                 contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged bytes raise whatever the byte that is wrong leads to
@@ -60,13 +61,19 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
     return _unwrap(contents, path)
 
 
-def _reject_packed(path: str | os.PathLike) -> None:
-    """Raise on a zip with packed records: torch writes none, maps what is there, and would take it for numbers."""
+def _check_zip(path: str | os.PathLike) -> None:
+    """Raise on a zip with packed records: torch writes none, maps what is there, and would take it for numbers.
+
+    Records that hold no numbers are read, which compares their checksums.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             packed = [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise ValueError(f"it is a zip with packed records, first {packed[:5]}.")
+            if packed:
+                raise ValueError(f"it is a zip with packed records, first {packed[:5]}.")
+            for record in file.infolist():
+                if "/data/" not in record.filename:
+                    file.read(record)
 
 
 def _unwrap(contents: object, path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
@@ -103,16 +110,45 @@ def _settings(found: object, path: str | os.PathLike) -> dict:
 
 def _check_tensors(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
     """Raise on what a file says of a tensor and its bytes do not bear out, and on what no good training saves."""
-    odd = [
-        key for key, value in weights.items() if value.layout != torch.strided or value.is_meta or value.is_quantized
-    ]
+    odd = [key for key, value in weights.items() if not _is_plain(value)]
     if odd:
-        raise ValueError(f"{path} holds {odd[:5]} in a sparse, quantised or empty form; expected plain tensors.")
+        raise ValueError(
+            f"{path} holds {odd[:5]} in a sparse, nested, quantised, 8-bit or empty form; expected plain tensors."
+        )
     stretched = [
         key for key, value in weights.items() if value.numel() * value.itemsize > value.untyped_storage().nbytes()
     ]
     if stretched:  # one number repeated by a stride of 0 can claim to be a matrix of terabytes
         raise ValueError(f"{path} claims more numbers than it holds for {stretched[:5]}.")
+    if zipfile.is_zipfile(path):
+        _check_records(weights, path)
     broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"{path} holds numbers that are not finite in {broken[:5]}: its training has failed.")
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    if value.is_nested or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.itemsize > 1 or not value.is_floating_point()
+
+
+def _check_records(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Raise on numbers that are no record of the zip as it was written, by its size and checksum.
+
+    torch compares no checksum, and a map goes on behind the end of a record that is shorter than its tensor.
+    """
+    with zipfile.ZipFile(path) as file:
+        records = {(record.file_size, record.CRC) for record in file.infolist()}
+    is_whole = {}
+    for value in weights.values():
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in is_whole:
+            content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            is_whole[storage.data_ptr()] = (storage.nbytes(), zlib.crc32(content)) in records
+    damaged = [key for key, value in weights.items() if not is_whole[value.untyped_storage().data_ptr()]]
+    if damaged:
+        raise ValueError(
+            f"{path} is damaged: the records of {damaged[:5]} are shorter than what they are said to hold, or have "
+            "changed since they were written. Download it again."
+        )

@@ -133,6 +133,19 @@ def read_mixture(mixture: str | os.PathLike | dict[str, Any] | Mixture) -> Mixtu
     return result
 
 
+def files_of(path: str | os.PathLike) -> list[str]:
+    """Name the files that a mixture is read from, before any picture: its own, and those of its sources.
+
+    Args:
+        path: A YAML or JSONL file, as for [`~processing_mmgpt.data.mixture.load_instruction_dataset`].
+
+    Raises:
+        FileNotFoundError: And what else [`read_mixture`] raises.
+    """
+    named = [file for source in read_mixture(path).sources for file in (*source.files, *source.annotations)]
+    return [*dict.fromkeys([str(path), *named])]
+
+
 def _say(problem: dict[str, Any]) -> str:
     """Say what pydantic found: where, what was given, what it has to be."""
     place, kind, given = problem["loc"], problem["type"], problem["input"]
