@@ -90,7 +90,7 @@ def image_key(image: Any) -> str:
         64 digits.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        OSError: If there is no such file.
     """
     if isinstance(image, Video):
         image = f"data:video {image_key(image.source)}"
@@ -126,9 +126,9 @@ def _keys(reading: Reading, row: dict[str, Any]) -> Iterator[tuple[int, str]]:
     for number, image in enumerate(images):
         try:
             yield number, image_key(image)
-        except FileNotFoundError as error:
+        except OSError as error:
             if reading.mixture.on_bad_image == "raise":
-                raise ValueError(f"A picture of {row['source']!r} is missing: {image}") from error
+                raise ValueError(f"A picture of {row['source']!r} is missing: {error.filename or image}") from error
 
 
 def _open_table(

@@ -67,8 +67,8 @@ def open_source(source: Source, mixture: Mixture) -> Rows:
     if "messages" not in columns:  # a stream of JSON does not know its columns in advance; Parquet does
         raise ValueError(f"The dataset of {source.name!r} needs a column `messages`; it has {rows.column_names}.")
     rows = rows.select_columns(columns)
-    if "images" in columns:
-        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    # Without what a file says that pictures are, `datasets` opens none, wherever it leads.
+    rows = rows.cast(datasets.Features.from_arrow_schema(rows.features.arrow_schema.remove_metadata()))
     features = datasets.Features({name: COLUMNS[name] for name in ("source", "file", "row")})
     if mixture.streaming:
         features = datasets.Features({**rows.features, **features})
