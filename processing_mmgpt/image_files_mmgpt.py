@@ -5,9 +5,11 @@ import binascii
 import io
 import os
 import re
+import reprlib
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -98,18 +100,27 @@ def _from_url(url: str, scheme: str, policy: ImagePolicy) -> Image.Image:
 def _from_path(path: str | os.PathLike, policy: ImagePolicy) -> Image.Image:
     if not policy.paths:
         raise ImageError("Pictures are not read from paths here: send them as data URLs.")
+    with open_file(path) as file:
+        return _decode(file, os.fstat(file.fileno()).st_size, str(path), policy)
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Open a file of somebody else to be read. A named pipe or a device is refused, and not waited for.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImageError: If it is no regular file, or cannot be opened.
+    """
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{path} is no file.")
-            return _decode(file, status.st_size, str(path), policy)
+        file = open(path, "rb", opener=_open_without_waiting)
     except FileNotFoundError:
-        raise
-    except ImageError:
         raise
     except (OSError, ValueError) as error:  # a folder, a name too long or with a null in it, no permission
         raise ImageError(f"{shorten(str(path))} cannot be opened as a file.") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ImageError(f"{shorten(str(path))} is no file.")
+    return file
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -182,6 +193,11 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
-def shorten(text: str, length: int = 80) -> str:
-    """Quote somebody's text in a message, cut to a line."""
-    return repr(text if len(text) <= length else text[:length] + "...")
+def shorten(value: Any, length: int = 80) -> str:
+    """Quote somebody's value in a message, cut to a line, however large or deep it is."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= length else value[:length] + "...")
+    quote = reprlib.Repr()
+    quote.maxlevel, quote.maxstring, quote.maxother = 3, length, length
+    quoted = quote.repr(value)
+    return quoted if len(quoted) <= 2 * length else quoted[: 2 * length] + "..."

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .image_files_mmgpt import shorten
+
 
 CONTENT_TYPES = {"system": ("text",), "user": ("image", "video", "text", "input"), "assistant": ("text",)}
 IMAGE_SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
@@ -45,14 +47,18 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             response to nothing.
     """
     if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
-        raise TypeError(f"A conversation is a list of messages, each a dict with role and content; got {messages!r}.")
+        raise TypeError(
+            f"A conversation is a list of messages, each a dict with role and content; got {shorten(messages)}."
+        )
     if not messages:
         raise ValueError("A conversation needs at least one message; the list is empty.")
     result: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in CONTENT_TYPES:
-            raise ValueError(f"Message {number} has the role {role!r}; it has to be one of {list(CONTENT_TYPES)}.")
+            raise ValueError(
+                f"Message {number} has the role {shorten(role)}; it has to be one of {list(CONTENT_TYPES)}."
+            )
         if role == "system" and number > 0:
             raise ValueError(f"Message {number} is a system message; only the first can be one.")
         if role == "assistant" and (not result or result[-1]["role"] != "user"):
@@ -63,7 +69,7 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list | tuple):
             raise ValueError(
-                f"Message {number} has the content {content!r}; it has to be a string or a list of parts."
+                f"Message {number} has the content {shorten(content)}; it has to be a string or a list of parts."
             )
         parts = [_part(part, role, number) for part in content]
         images = [part for part in parts if part["type"] in IMAGE_SOURCES]
@@ -80,17 +86,21 @@ def _joined(kind: str, parts: list[dict[str, Any]], separator: str) -> dict[str,
 
 def _part(part: Any, role: str, number: int) -> dict[str, Any]:
     if not isinstance(part, dict):
-        raise ValueError(f"Message {number} has the content part {part!r}; a part is a dict with a type.")
+        raise ValueError(f"Message {number} has the content part {shorten(part)}; a part is a dict with a type.")
     part = {key: value for key, value in part.items() if value is not None}
     if part.get("type") not in CONTENT_TYPES[role]:
         raise ValueError(
-            f"Message {number} has a content part of type {part.get('type')!r}; in a {role} turn it has to be one of "
-            f"{list(CONTENT_TYPES[role])}."
+            f"Message {number} has a content part of type {shorten(part.get('type'))}; in a {role} turn it has to be "
+            f"one of {list(CONTENT_TYPES[role])}."
         )
     if part["type"] not in IMAGE_SOURCES and not isinstance(part.get("text"), str):
-        raise ValueError(f"Message {number} has a content part of type {part['type']!r} without a text: {part!r}.")
+        raise ValueError(
+            f"Message {number} has a content part of type {part['type']!r} without a text: {shorten(part)}."
+        )
     if any("\ud800" <= character <= "\udfff" for character in part.get("text", "")):
-        raise ValueError(f"Message {number} has a text with half of a character (a lone surrogate): {part['text']!r}.")
+        raise ValueError(
+            f"Message {number} has a text with half of a character (a lone surrogate): {shorten(part['text'])}."
+        )
     return part
 
 

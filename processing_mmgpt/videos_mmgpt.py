@@ -5,12 +5,11 @@ import math
 import os
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
 
-from .image_files_mmgpt import OWN_IMAGES, reject_remote
+from .image_files_mmgpt import OWN_IMAGES, open_file, reject_remote
 
 
 MAX_PIXELS = OWN_IMAGES.max_pixels  # of a frame
@@ -65,7 +64,7 @@ def _open_file(source: str | os.PathLike | bytes) -> BinaryIO:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"A video is a path, bytes or a list of frames; got {type(source).__name__}.")
     reject_remote(source)
-    return Path(source).open("rb")
+    return open_file(source)
 
 
 def _sample(container: Any, fps: float, max_num_frames: int | None) -> list[Image.Image]:

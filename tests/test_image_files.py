@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from processing_mmgpt import MMGPTImageProcessor
-from processing_mmgpt.image_files_mmgpt import OWN_IMAGES, ImageError, ImagePolicy, open_image
+from processing_mmgpt.image_files_mmgpt import OWN_IMAGES, ImageError, ImagePolicy, open_image, shorten
+from processing_mmgpt.messages_mmgpt import normalise
 from processing_mmgpt.serving.fetching import fetch, is_public
 
 
@@ -408,6 +409,24 @@ def test_addresses_of_the_internet_are_public(address):
     assert not is_public(str(ipaddress.ip_address("192.168.3.4")))
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "fec0::1",
+        "feff::1",
+        "3fff::1",
+        "3fff:fff::1",
+        "5f00::1",
+        "4000::1",
+        "64:ff9b:1::808:808",
+        "::8.8.8.8",
+        "1000::",
+    ],
+)
+def test_addresses_that_nobody_is_given_are_not_public(address):
+    assert not is_public(address)
+
+
 # What is opened
 
 
@@ -435,6 +454,21 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, wrong):
     (tmp_path / "folder").mkdir()
     path = "/dev/zero" if wrong == "device" else str(tmp_path / wrong) if wrong in ("folder", "pipe") else wrong
     refuse(path, OWN_IMAGES)
+
+
+def test_what_is_quoted_in_a_message_is_short_whatever_it_is():
+    many, deep = ["lol"] * 10, []
+    for _ in range(8):
+        many = [many] * 10  # 58 MB, if all of it were written
+    for _ in range(5000):
+        deep = [deep]
+    values = [many, deep, {"a": deep}, "a" * 5000, b"a" * 5000, {f"{n}": "a" * 80 for n in range(99)}, None, 7]
+    assert max(len(shorten(value)) for value in values) < 200
+    assert [shorten(value) for value in ("a", 0.5, {"a": ["b"]})] == ["'a'", "0.5", "{'a': ['b']}"]
+    for wrong in (deep, many, [{"role": deep}], [{"role": "user", "content": [deep]}]):
+        with pytest.raises((TypeError, ValueError)) as error:
+            normalise(wrong)
+        assert len(str(error.value)) < 400
 
 
 def test_sixteen_bits_of_grey_keep_their_contrast():

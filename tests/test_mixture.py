@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from processing_mmgpt.data import annotations as annotation_files
 from processing_mmgpt.data import tables
-from processing_mmgpt.data.annotations import confined
+from processing_mmgpt.data.confining import confined
 from processing_mmgpt.data.mixture import load_instruction_dataset
 from processing_mmgpt.data.readers import READERS, TEXT_READERS
 from processing_mmgpt.data.recipe import read_mixture
@@ -364,6 +364,10 @@ def test_a_wrong_mixture_is_refused(tmp_path, change, message):
         ({"files": []}, "'dolly' needs `files`"),
         ({"reader": "vqa"}, "source 'vqa' has pictures and needs an `image_root`"),
         ({"weight": 0.5}, "sum to 1, all of them or none given; got {'dolly': 0.5}"),
+        *(({"weight": w}, f"got {{'dolly': {w}}}") for w in (float("nan"), float("inf"), -1.0, 0.0)),
+        *(({key: True}, f"`{key}` should be a valid") for key in ("weight", "count")),
+        ({"where": {"category": ["a"]}}, "a text, a number, true, false or null; got ['a']"),
+        ({"reader": "x" * 5_000}, "has the unknown reader 'xxx"),
         ({"count": 0}, "count 0; it has to be 1 or more"),
         ({"annotations": "a.json"}, "needs one of `annotations` for each of `files`, for VQA only"),
         ({"where": {"category": "none"}}, "source 'dolly' is empty"),
@@ -374,7 +378,23 @@ def test_a_wrong_source_is_refused(tmp_path, change, message):
     source = {"reader": "dolly", "files": dolly(tmp_path / "a.jsonl", 2), **change}
     with pytest.raises(ValueError) as error:
         load_instruction_dataset({"sources": [source]})
-    assert message in str(error.value)
+    assert message in str(error.value) and len(str(error.value)) < 1_000
+
+
+# A list of a million words in 300 bytes.
+BOMB = "[&a0 lol" + "".join(f", &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 7)) + "]"
+PLACES = ["BOMB", "sources: BOMB", "root: BOMB", "on_bad_image: BOMB", "image_text_ratio: BOMB", "BOMB: 1"]
+PLACES += [f"sources: [{{reader: a, {key}: BOMB}}]" for key in ("reader", "files", "count", "weight", "where", "name")]
+PLACES += ["sources: [{reader: a, where: {a: BOMB}}]", "sources: [BOMB]", "sources: &a [*a]", "root: &a [*a]"]
+PLACES += ["sources: " + "[" * 5_000, "sources: " + "9" * 5_000, "sources: " + "a" * 100_000]
+
+
+@pytest.mark.parametrize("text", PLACES, ids=lambda text: text[:40])
+def test_a_message_about_a_recipe_is_short(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text.replace("BOMB", BOMB))
+    with pytest.raises(ValueError) as error:
+        load_instruction_dataset(tmp_path / "recipe.yaml")
+    assert 0 < len(str(error.value)) < 1_000
 
 
 def test_what_is_not_there_is_named(tmp_path):

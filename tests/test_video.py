@@ -1,9 +1,11 @@
 """Videos: which frames are taken from a file, what they become, and which files are refused."""
 
 import io
+import os
 import random
 import struct
 import sys
+import threading
 from fractions import Fraction
 
 import av
@@ -205,6 +207,18 @@ def test_a_video_in_a_mixture_stays_below_its_root(tmp_path, clip):
 
 
 # What is refused
+
+
+@pytest.mark.parametrize("wrong", ["pipe", "folder", "/dev/zero"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, wrong):
+    path = tmp_path / wrong
+    if wrong == "pipe":
+        os.mkfifo(path)
+        threading.Thread(target=lambda: open(path, "wb").close(), daemon=True).start()  # so that nobody waits for ever
+    elif wrong == "folder":
+        path.mkdir()
+    with pytest.raises(ValueError, match="is no file|cannot be opened as a file"):
+        open_video(str(path))
 
 
 def test_a_video_of_too_many_or_too_large_frames_is_refused_before_any_is_decoded(clip, monkeypatch):

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..messages_mmgpt import Video, normalise, take_images
+from ..image_files_mmgpt import shorten
+from ..messages_mmgpt import normalise, take_images
+from .confining import confine
 from .readers import READERS
 
 
 MESSAGES = "messages"  # the reader of records that are in our form already
-# An absolute path, a drive, a step up; with either slash, since the file may come from another system.
-LEAVING = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")
+
+TOO_DEEP = "The record is nested too deep."
 
 SPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 2**20  # characters of a list that are read at once
@@ -26,7 +28,7 @@ CHUNK = 2**20  # characters of a list that are read at once
 
 
 def read_record(record: Any, reader: str, root: str | None, rng: random.Random) -> dict[str, list]:
-    """Read an annotation record.
+    """Read an annotation record: the one way from a record of somebody else to pictures that are opened.
 
     Args:
         record: The record.
@@ -35,7 +37,7 @@ def read_record(record: Any, reader: str, root: str | None, rng: random.Random) 
         rng: What the reader draws from.
 
     Returns:
-        `messages`, and `images`: for each image part a path, below `root` for certain, or what else a picture may be.
+        `messages`, and `images`: for each image part what [`~processing_mmgpt.data.confining.confine`] makes of it.
 
     Raises:
         ValueError: If the record lacks something or a path leaves `root`, as "reason" or "reason: details".
@@ -43,53 +45,21 @@ def read_record(record: Any, reader: str, root: str | None, rng: random.Random) 
     if not isinstance(record, dict):
         raise ValueError("The record is no JSON object.")
     result = _in_our_form(record) if reader == MESSAGES else READERS[reader](record, rng)
-    return {"messages": result["messages"], "images": [_image(image, root) for image in result["images"]]}
+    return {"messages": result["messages"], "images": [confine(image, root) for image in result["images"]]}
 
 
 def _in_our_form(record: dict[str, Any]) -> dict[str, list]:
     """Move the sources of pictures out of the messages."""
+    given = record.get("images")
+    if not isinstance(given, list | tuple | None):
+        raise ValueError(f"The field 'images' has to be a list: got {shorten(given)}")
     try:
-        messages, images = take_images(normalise(record.get("messages")), record.get("images"))
+        messages, images = take_images(normalise(record.get("messages")), given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"The messages are not in order: {error}") from error
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("The messages hold no response to learn from.")
     return {"messages": messages, "images": images}
-
-
-def _image(image: Any, root: str | None) -> Any:
-    if isinstance(image, list | tuple):  # the frames of a video
-        return [_image(frame, root) for frame in image]
-    if isinstance(image, Video):
-        return Video(_image(image.source, root))
-    if isinstance(image, dict):  # a picture of `datasets` that is not decoded
-        return image["bytes"] if image.get("bytes") is not None else _image(image.get("path"), root)
-    if not isinstance(image, str) or image.startswith("data:"):
-        return image
-    if root is None:
-        raise ValueError("The record has a picture, but its source has no image_root.")
-    return confined(root, image)
-
-
-def confined(root: str, image: str) -> str:
-    """Join the path of a picture to its root.
-
-    Raises:
-        ValueError: If the path is absolute, goes up, or leads out of the root by a symbolic link.
-    """
-    if LEAVING.search(image):
-        raise ValueError(f"A picture's path leaves the image root: {image!r}")
-    path = os.path.join(root, image)
-    folder, name = os.path.split(path)
-    real = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real(folder), name)
-    if not real.startswith(os.path.join(_real(root), "")):
-        raise ValueError(f"A picture's path leaves the image root: {image!r} is a link to the outside")
-    return path
-
-
-@functools.lru_cache(maxsize=4096)
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def problem_of(record: Any, text: str, reader: str, root: str | None, rng: random.Random) -> str | None:
@@ -100,6 +70,8 @@ def problem_of(record: Any, text: str, reader: str, root: str | None, rng: rando
             json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return "The text holds half of a character (a lone surrogate)."
+    except RecursionError:
+        return TOO_DEEP
     except ValueError as error:
         return str(error)
     return None
@@ -138,7 +110,12 @@ def read_file(
             text, record = None, {**record, "split": _split_of(path)}
         if isinstance(record, dict) and any(record.get(key) != value for key, value in where.items()):
             continue
-        yield number, json.dumps(record) if text is None else text, record, problem
+        if text is None:
+            try:
+                text = json.dumps(record)
+            except RecursionError:
+                text, record, problem = "", None, TOO_DEEP
+        yield number, text, record, problem
 
 
 @functools.lru_cache(maxsize=1024)
@@ -225,7 +202,7 @@ def _read_document(path: str, annotations: str | None, reader: str) -> list[Any]
     try:
         return SHAPES[reader](document)
     except (AttributeError, KeyError, TypeError) as error:
-        keys = list(document)[:5] if isinstance(document, dict) else type(document).__name__
+        keys = shorten(list(document)[:5]) if isinstance(document, dict) else type(document).__name__
         raise ValueError(
             f"{path}: no form of a file that is known for the reader {reader!r}: it holds {keys}"
         ) from error

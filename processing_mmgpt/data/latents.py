@@ -8,9 +8,11 @@ all that its latents depend on: what has changed is never found, and made anew.
 
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -25,13 +27,17 @@ from torch.utils.data import DataLoader
 from ..image_files_mmgpt import ImageError, shorten
 from ..image_processing_mmgpt import MMGPTImageProcessor
 from ..messages_mmgpt import Latents, Video
+from .kept import open_table, table_folder
 from .reading import BLANK, Reading
 
 
 FORMAT = "1"  # to be raised where pixels are made in another way: latents of others are not used
 IMAGES_PER_TABLE = 2_048  # what a killed run loses at most, and what is made anew where one picture has changed
 IMAGES_PER_BATCH = 32
-COLUMNS = datasets.Features({"latents": datasets.Value("binary"), "problem": datasets.Value("string")})
+COLUMNS = datasets.Features(
+    {"latents": datasets.Value("binary"), "checksum": datasets.Value("int64"), "problem": datasets.Value("string")}
+)
+NAME = "mmgpt_latents"
 
 Place = tuple[str, int, int] | None  # source, row, number of the picture in it; `None` is the black picture
 Encode = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -80,7 +86,8 @@ def keep_latents(
     table = datasets.concatenate_datasets([make(own) for own in tables])
     index = np.array(keys, dtype="S64")  # a dict of a million would be copied into every worker
     order = np.argsort(index)
-    return data.with_transform(replace(reading, open=partial(_look_up, table, index[order], order)))
+    folders = [table_folder(NAME, fingerprint, *own) for own in tables]
+    return data.with_transform(replace(reading, open=partial(_look_up, table, folders, index[order], order)))
 
 
 def image_key(image: Any) -> str:
@@ -90,7 +97,7 @@ def image_key(image: Any) -> str:
         64 digits.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        OSError: If there is no such file.
     """
     if isinstance(image, Video):
         image = f"data:video {image_key(image.source)}"
@@ -126,9 +133,9 @@ def _keys(reading: Reading, row: dict[str, Any]) -> Iterator[tuple[int, str]]:
     for number, image in enumerate(images):
         try:
             yield number, image_key(image)
-        except FileNotFoundError as error:
+        except OSError as error:
             if reading.mixture.on_bad_image == "raise":
-                raise ValueError(f"A picture of {row['source']!r} is missing: {image}") from error
+                raise ValueError(f"A picture of {row['source']!r} is missing: {error.filename or image}") from error
 
 
 def _open_table(
@@ -140,12 +147,16 @@ def _open_table(
     places: dict[str, Place],
 ) -> datasets.Dataset:
     """Open the table of some pictures; the first process that asks for it makes it."""
-    digest = hashlib.sha256(" ".join([fingerprint, *places]).encode()).hexdigest()
+    folder = table_folder(NAME, fingerprint, *places)
     rows = partial(_make_rows, reading, image_processor, encode, num_workers, list(places.values()))
-    try:
-        return datasets.Dataset.from_generator(rows, COLUMNS, fingerprint=digest, dataset_name="mmgpt_latents")
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+
+    def prepare() -> datasets.Dataset:
+        given = {"cache_dir": str(folder), "fingerprint": folder.name, "dataset_name": NAME}
+        table = datasets.Dataset.from_generator(rows, COLUMNS, **given)
+        table.data.validate(full=True)  # no row begins or ends outside
+        return table
+
+    return open_table(folder, prepare, check_rows=False)  # of gigabytes each row is checked when it is read
 
 
 def _make_rows(
@@ -158,7 +169,8 @@ def _make_rows(
         latents = iter(_encode(encode, frames) if frames else ())
         for one in images:
             problem = one if isinstance(one, str) else None
-            yield {"latents": save({"latents": next(latents)}) if problem is None else None, "problem": problem}
+            kept = save({"latents": next(latents)}) if problem is None else None
+            yield {"latents": kept, "checksum": zlib.crc32(kept or problem.encode()), "problem": problem}
 
 
 def _encode(encode: Encode, frames: list[torch.Tensor]) -> torch.Tensor:
@@ -185,13 +197,18 @@ def _load(reading: Reading, image_processor: MMGPTImageProcessor, places: list[P
     return loaded
 
 
-def _look_up(table: datasets.Dataset, index: np.ndarray, order: np.ndarray, image: Any) -> Latents:
+def _look_up(
+    table: datasets.Dataset, folders: list[Path], index: np.ndarray, order: np.ndarray, image: Any
+) -> Latents:
     """Give the latents of a picture; raise as opening it did, where it cannot be read."""
     key = image_key(image).encode()
     at = np.searchsorted(index, key)
     if at == len(index) or index[at] != key:
         raise RuntimeError(f"{shorten(str(image))} has changed while the run goes on: start it again.")
     kept = table[int(order[at])]
+    if kept["checksum"] != zlib.crc32(kept["latents"] or (kept["problem"] or "").encode()):
+        folder = folders[int(order[at]) // IMAGES_PER_TABLE]
+        raise RuntimeError(f"Latents that were kept are spoiled: delete {folder}, and they are made anew.")
     if kept["problem"] is not None:
         raise ImageError(kept["problem"])
     return Latents(load(kept["latents"])["latents"])

@@ -67,8 +67,8 @@ def open_source(source: Source, mixture: Mixture) -> Rows:
     if "messages" not in columns:  # a stream of JSON does not know its columns in advance; Parquet does
         raise ValueError(f"The dataset of {source.name!r} needs a column `messages`; it has {rows.column_names}.")
     rows = rows.select_columns(columns)
-    if "images" in columns:
-        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    # Without what a file says that pictures are, `datasets` opens none, wherever it leads.
+    rows = rows.cast(datasets.Features.from_arrow_schema(rows.features.arrow_schema.remove_metadata()))
     features = datasets.Features({name: COLUMNS[name] for name in ("source", "file", "row")})
     if mixture.streaming:
         features = datasets.Features({**rows.features, **features})
@@ -88,14 +88,14 @@ def _take(rows: Rows, source: Source, mixture: Mixture, seed: int) -> Rows:
     if mixture.streaming:
         if next(iter(rows), None) is None:
             raise ValueError(f"The source {source.name!r} is empty.")
-        return rows if source.count is None else rows.shuffle(seed, buffer_size=BUFFER).take(source.count)
+        return rows if source.count is None else _shuffled(rows, seed).take(source.count)
     if "problem" in rows.column_names:
         rows = _without_problems(rows, source, mixture)
     if len(rows) == 0:
         raise ValueError(f"The source {source.name!r} is empty: {source.dataset or source.files}")
     if source.count is None or source.count >= len(rows):
         return rows
-    return rows.shuffle(seed).select(range(source.count))
+    return _shuffled(rows, seed).select(range(source.count))
 
 
 def _without_problems(rows: datasets.Dataset, source: Source, mixture: Mixture) -> datasets.Dataset:
@@ -122,17 +122,19 @@ def _mix(sources: list[Source], parts: dict[str, Rows], mixture: Mixture, seed: 
     rows = [parts[source.name] for source in sources]
     weights = [source.weight for source in sources]
     if weights[0] is not None:
-        rows = [part.shuffle(seed, **_buffer(part)) for part in rows]
+        rows = [_shuffled(part, seed) for part in rows]
         stop = mixture.stopping_strategy
         return datasets.interleave_datasets(rows, probabilities=weights, seed=seed, stopping_strategy=stop)
     if mixture.streaming:  # one after the other, a buffer would hold rows of one source only
         rows = [datasets.interleave_datasets(rows, stopping_strategy="all_exhausted_without_replacement")]
     rows = datasets.concatenate_datasets(rows)
-    return rows.shuffle(seed, **_buffer(rows))
+    return _shuffled(rows, seed)
 
 
-def _buffer(rows: Rows) -> dict[str, int]:
-    return {"buffer_size": BUFFER} if isinstance(rows, datasets.IterableDataset) else {}
+def _shuffled(rows: Rows, seed: int) -> Rows:
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.shuffle(seed, buffer_size=BUFFER)
+    return rows.shuffle(seed, keep_in_memory=True)  # 8 bytes a row; on the disk nobody would see what spoils them
 
 
 def _both(parts: dict[str, Rows], mixture: Mixture, seed: int) -> list[Rows]:
@@ -154,7 +156,7 @@ def _take_turns(ratio: tuple[int, int], images: Rows, texts: Rows, seed: int) ->
         both = [images, texts.repeat(None)]
         return datasets.interleave_datasets(both, probabilities, seed, stopping_strategy="first_exhausted")
     count = max(1, round(len(images) * ratio[1] / ratio[0]))
-    rounds = [texts.shuffle(seed + number) for number in range(-(-count // len(texts)))]
+    rounds = [_shuffled(texts, seed + number) for number in range(-(-count // len(texts)))]
     texts = datasets.concatenate_datasets(rounds).select(range(count))
     # Row k of n stands at (k + 1/2) / n of the way.
     places = np.concatenate([(np.arange(len(rows)) + 0.5) / len(rows) for rows in (images, texts)])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..image_files_mmgpt import open_image
 from ..messages_mmgpt import Video
-from .annotations import is_lines, read_record
+from .annotations import TOO_DEEP, is_lines, read_record
 from .recipe import Mixture, Source
 from .skip_log import log_skip
 
@@ -87,7 +87,10 @@ class Reading:
         if row.get("problem"):  # streamed: nobody has looked at it before
             raise ValueError(row["problem"])
         source = self.sources[row["source"]]
-        given = json.loads(row["record"]) if row.get("record") is not None else row
+        try:
+            given = json.loads(row["record"]) if row.get("record") is not None else row
+        except RecursionError:  # it was read before, from a lower frame
+            raise ValueError(TOO_DEEP) from None
         return read_record(given, source.reader, source.image_root, self._rng(row))
 
     def image(self, image: Any) -> Any:
@@ -99,7 +102,7 @@ class Reading:
         try:
             return self._as_needed(image) if self.open is None else self.open(image)
         except FileNotFoundError as error:
-            raise ValueError(f"The picture is missing: {image}") from error
+            raise ValueError(f"The picture is missing: {error.filename or image}") from error
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"The picture cannot be read: {error}") from error
 

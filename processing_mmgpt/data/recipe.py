@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ..image_files_mmgpt import shorten
 from .annotations import MESSAGES
 from .readers import READERS, TEXT_READERS
 
@@ -45,7 +46,7 @@ class Source(Checked):
     dataset: str | None = None
     split: str = "train"
     revision: str | None = None
-    where: dict[str, Any] = {}
+    where: dict[str, str | int | float | bool | None] = {}
     count: int | None = None
     weight: float | None = None
     name: str = ""
@@ -93,7 +94,7 @@ class Mixture(Checked):
         pieces = str(value).split(":")
         if value is None or len(pieces) == 2 and all(piece.isdecimal() and int(piece) > 0 for piece in pieces):
             return value and tuple(map(int, pieces))
-        raise ValueError(f'`image_text_ratio` has to be such as "1:1", in quotes; got {value!r}.')
+        raise ValueError(f'`image_text_ratio` has to be such as "1:1", in quotes; got {shorten(value)}.')
 
 
 def read_mixture(mixture: str | os.PathLike | dict[str, Any] | Mixture) -> Mixture:
@@ -117,7 +118,7 @@ def read_mixture(mixture: str | os.PathLike | dict[str, Any] | Mixture) -> Mixtu
     elif not isinstance(mixture, dict):
         try:
             mixture = yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"The mixture is no YAML: {error}") from error
     try:
         result = Mixture.model_validate(mixture)
@@ -153,19 +154,23 @@ def _say(problem: dict[str, Any]) -> str:
     if len(place) > 1 and place[0] == "sources":
         what, model, place = f"Source {place[1]} of the mixture", Source, place[2:]
     if not place:
-        return f"{what} has to be a mapping, got {given!r}."
+        return f"{what} has to be a mapping, got {shorten(given)}."
     key = place[0]
     if kind == "extra_forbidden":
-        return f"{what} has the unknown key {key!r}.{_nearest(key, model.model_fields)}"
+        return f"{what} has the unknown key {shorten(key)}.{_nearest(key, model.model_fields)}"
     if key == "sources":
-        return f"A mixture needs `sources`, a list of one or more; got {given!r}."
+        return f"A mixture needs `sources`, a list of one or more; got {shorten(given)}."
     if kind == "missing":
         return f"{what} has no `{key}`."
     if kind == "value_error":
         return str(problem["ctx"]["error"])
     if kind == "literal_error":
-        return f"`{key}` has to be one of {[*get_args(model.model_fields[key].annotation)]}, got {given!r}."
-    return f"{what}: `{key}` {problem['msg'].removeprefix('Input ')}, got {given!r}."
+        return f"`{key}` has to be one of {[*get_args(model.model_fields[key].annotation)]}, got {shorten(given)}."
+    if key == "where":
+        return (
+            f"{what}: `where` names fields, and for each a text, a number, true, false or null; got {shorten(given)}."
+        )
+    return f"{what}: `{key}` {problem['msg'].removeprefix('Input ')}, got {shorten(given)}."
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -202,7 +207,7 @@ def _check_mixture(mixture: Mixture) -> None:
     kinds = [[source for source in mixture.sources if source.has_images() is kind] for kind in (True, False)]
     for group in [mixture.sources] if mixture.image_text_ratio is None else kinds:
         weights = [source.weight for source in group if source.weight is not None]
-        if weights and (len(weights) < len(group) or abs(sum(weights) - 1) > 1e-6 or min(weights) <= 0):
+        if weights and (len(weights) < len(group) or not abs(sum(weights) - 1) <= 1e-6 or min(weights) <= 0):
             named = {source.name: source.weight for source in group}
             raise ValueError(f"Weights have to be above 0 and sum to 1, all of them or none given; got {named}.")
 
@@ -210,7 +215,7 @@ def _check_mixture(mixture: Mixture) -> None:
 def _check_source(source: Source) -> None:
     if source.reader not in {*READERS, MESSAGES}:
         near = _nearest(source.reader, {*READERS, MESSAGES})
-        raise ValueError(f"The source {source.name!r} has the unknown reader {source.reader!r}.{near}")
+        raise ValueError(f"The source {shorten(source.name)} has the unknown reader {shorten(source.reader)}.{near}")
     if bool(source.files) == bool(source.dataset) or (source.dataset and source.reader != MESSAGES):
         raise ValueError(f"The source {source.name!r} needs `files`, or with the reader {MESSAGES!r} a `dataset`.")
     if source.annotations and (len(source.annotations) != len(source.files) or source.reader not in ("vqa", "okvqa")):

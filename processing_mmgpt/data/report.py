@@ -219,11 +219,12 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, help="the most tokens of a row in the training")
     parser.add_argument("--limit", type=int, help="the most rows of each source to look at")
     arguments = parser.parse_args()
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)  # before the work, not after
     processor = MMGPTProcessor.from_pretrained(arguments.processor)
     text, findings = report(read_mixture(arguments.mixture), processor, arguments.max_length, arguments.limit)
     sys.stdout.write(text)
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
         plain = text.replace(LEARNT, "").replace(PLAIN, "")
         (arguments.output / "report.txt").write_text(plain, encoding="utf-8")
         draw(findings, arguments.output / "report.png")

@@ -9,14 +9,17 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
 import pyarrow as pa
 
 from .annotations import problem_of, read_file
+from .kept import open_table, table_folder
 
 
+NAME = "mmgpt_annotations"
 FORMAT = "1"  # to be raised where readers or checks change: tables that were checked otherwise are not used
 ROWS_PER_TABLE = 5_000
 COLUMNS = datasets.Features(
@@ -85,23 +88,23 @@ def open_annotations(
     """
     files, annotations = ([os.path.abspath(path) for path in paths] for paths in (files, annotations))
     stats = [os.stat(path) for path in (*files, *annotations)]
-    builder = Annotations(
-        config_name=name,
-        dataset_name="mmgpt_annotations",
-        hash=FORMAT,
-        files=tuple(files),
-        annotations=tuple(annotations),
-        reader=reader,
-        root=root and os.path.abspath(root),
-        where=json.dumps(where, sort_keys=True),
-        stamps=tuple((stat.st_size, stat.st_mtime_ns) for stat in stats),
-    )
+    given = {
+        "files": tuple(files),
+        "annotations": tuple(annotations),
+        "reader": reader,
+        "root": root and os.path.abspath(root),
+        "where": json.dumps(where, sort_keys=True),
+        "stamps": tuple((stat.st_size, stat.st_mtime_ns) for stat in stats),
+    }
+    folder = table_folder(NAME, FORMAT, name, given)
+    make = partial(Annotations, cache_dir=str(folder), config_name=name, dataset_name=NAME, hash=FORMAT, **given)
     if streaming:
-        return builder.as_streaming_dataset(split="train")
-    try:
-        builder.download_and_prepare()
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+        return make().as_streaming_dataset(split="train")
+    return open_table(folder, lambda: _prepare(make()))
+
+
+def _prepare(builder: Annotations) -> datasets.Dataset:
+    builder.download_and_prepare()
     if not builder.info.splits["train"].num_examples:
         return datasets.Dataset.from_dict({name: [] for name in COLUMNS}, features=COLUMNS)
     return builder.as_dataset(split="train")

@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..data.annotations import confined, read_file
+from ..data.annotations import read_file
+from ..data.confining import confined
 from .few_shot import CAPTION, QUESTION, SEPARATOR
 from .metrics import bleu, cider_d, vqa_accuracy
 

@@ -19,6 +19,9 @@ from ..image_files_mmgpt import ImageError, shorten
 MAX_REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052, the last 32 bits are an IPv4 address
+# The part of IPv6 that is given out, https://www.iana.org/assignments/ipv6-unicast-address-assignments, and in it what
+# is for documents (RFC 9637), which not every Python knows of.
+GIVEN_OUT, DOCUMENTS = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("3fff::/20")
 
 
 def fetch(url: str, max_bytes: int, hosts: Collection[str], timeout: float = 10.0) -> bytes:
@@ -79,6 +82,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if ip not in GIVEN_OUT or ip in DOCUMENTS:
+            return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
