@@ -16,6 +16,7 @@ rows of `<image>` and `<|endofchunk|>` in embedding and head; tower and LM keep 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,6 +96,8 @@ def main() -> None:
     trainer = BaseTrainer(
         model=model, args=config, train_dataset=data, data_collator=collator, processing_class=processor
     )
+    if trainer.label_smoother is not None:  # transformers shifts the labels of its own classes alone
+        trainer.label_smoother = partial(trainer.label_smoother, shift_labels=True)
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed keeps gradients to itself, so no rows can be chosen: launch with DDP or FSDP2.")
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if script.resume else None)

@@ -206,11 +206,16 @@ class MMGPTConfig(PreTrainedConfig):
             raise ValueError("text_config is the config of a vision tower; it has to be that of a causal LM.")
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         chosen = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": {}, **kwargs})  # TRL reads it of every config
         # transformers has just set the parts' attention to that of the whole, none yet: a model in use keeps its own.
         for name, implementation in chosen.items():
             if getattr(self, name)._attn_implementation is None:
                 getattr(self, name)._attn_implementation = implementation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields; where the remote code is only if there is any."""
+        fields = super().to_dict()
+        return fields if fields.get("auto_map") else _without(fields, {"auto_map"})
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:

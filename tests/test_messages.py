@@ -167,7 +167,10 @@ def test_rendering_in_threads_is_rendering(processor):
     assert not wrong
 
 
-GENERATION = "{%- for m in messages %}\n  {%- if m.role == 'user' %} U:{{ m.content[0].text }}\n  {% else %}  A:%s{% endif %}\n{% endfor %}"
+GENERATION = """{%- for m in messages %}
+  {%- if m.role == 'user' %} U:{{ m.content[0].text }}
+  {% else %}  A:%s{% endif %}
+{% endfor %}"""
 
 
 @pytest.mark.parametrize(
@@ -220,8 +223,8 @@ def test_a_picture_between_two_texts_is_an_error_that_names_the_few_shot_form(pr
 
 @pytest.mark.parametrize(
     "content",
-    [[IMAGE, IMAGE, text("q")], [text("q"), IMAGE, IMAGE], [IMAGE, text("q"), IMAGE], [text(" "), IMAGE, text("q"), IMAGE],
-     [IMAGE, text("q"), text("r"), IMAGE]],
+    [[IMAGE, IMAGE, text("q")], [text("q"), IMAGE, IMAGE], [IMAGE, text("q"), IMAGE],
+     [text(" "), IMAGE, text("q"), IMAGE], [IMAGE, text("q"), text("r"), IMAGE]],
 )  # fmt: skip
 def test_pictures_behind_all_texts_are_rendered_before_them(processor, content):
     rendered = processor.apply_chat_template([SYSTEM, {"role": "user", "content": content}])

@@ -527,7 +527,8 @@ def test_the_processor_refuses_what_it_does_not_know(processor, options):
 
 
 def test_what_the_template_reads_and_what_is_none_is_taken(processor):
-    template = "{{ greeting }}{% for m in messages %}{% break %}{% endfor %}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    template = "{{ greeting }}{% for m in messages %}{% break %}{% endfor %}"
+    template += "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
     ask = [user("hi")]
     assert processor.apply_chat_template(ask, chat_template=template, greeting="hey", tools=[TOOL]) == "heyadd"
     plain = processor.apply_chat_template(ask)
