@@ -16,6 +16,7 @@ rows of `<image>` and `<|endofchunk|>` in embedding and head; tower and LM keep 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,6 +105,8 @@ def train(script: ScriptArguments, config: TrainingArguments) -> None:
         processing_class=processor,
         callbacks=[WholeCheckpoints(config, files_of(script.data))],
     )
+    if trainer.label_smoother is not None:  # transformers shifts the labels of its own classes alone
+        trainer.label_smoother = partial(trainer.label_smoother, shift_labels=True)
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed keeps gradients to itself, so no rows can be chosen: launch with DDP or FSDP2.")
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if script.resume else None)

@@ -128,7 +128,13 @@ def tune(script: ScriptArguments, config: SFTConfig) -> None:
     config.dataset_kwargs = {"skip_prepare_dataset": True}
     config.remove_unused_columns = False
     config.accelerator_config.dispatch_batches = False  # a process reads its own rows; sent around, ragged ones break
-    collator = MMGPTCollator(processor, max_length, packing, placeholder_image=config.world_size > 1)
+    collator = MMGPTCollator(
+        processor,
+        max_length,
+        packing,
+        pad_to_multiple_of=config.pad_to_multiple_of,
+        placeholder_image=config.world_size > 1,
+    )
     read = [file for path in (script.data, script.eval_data) if path for file in files_of(path)]
     trainer = Trainer(
         model=model,

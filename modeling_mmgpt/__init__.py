@@ -1,6 +1,6 @@
 """Ids and pixels to logits: the MMGPT model. Importing it registers the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .cache_mmgpt import MMGPTCache
 from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
@@ -19,6 +19,8 @@ __all__ = [
 
 AutoConfig.register("mmgpt", MMGPTConfig, exist_ok=True)
 AutoConfig.register("mmgpt_vision", MMGPTVisionConfig, exist_ok=True)
-# Both give the class that generates, so that an adapter's names fit whichever class loads it.
+# All give the class that generates, so that an adapter's names fit whichever class loads it; TRL loads a folder by the
+# class of causal LMs.
 AutoModel.register(MMGPTConfig, MMGPTForConditionalGeneration, exist_ok=True)
+AutoModelForCausalLM.register(MMGPTConfig, MMGPTForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(MMGPTConfig, MMGPTForConditionalGeneration, exist_ok=True)

@@ -218,7 +218,12 @@ class MMGPTConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         if kwargs.get("attn_implementation") is None:  # of no part: each, as one of a model in use, keeps its own
             kwargs["attn_implementation"] = {}
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": {}, **kwargs})  # TRL reads it of every config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields; where the remote code is only if there is any."""
+        fields = super().to_dict()
+        return fields if fields.get("auto_map") else _without(fields, {"auto_map"})
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:

@@ -190,6 +190,31 @@ def suppress_images(generation_config: GenerationConfig, config: PreTrainedConfi
     return generation_config
 
 
+def drop_stale_suppression(model: PreTrainedModel, **hub_kwargs) -> None:
+    """Allow the one word that a folder of an older release suppresses in place of `<image>`.
+
+    Such a release noted the id of `<image>` before the vocabulary moved. Every folder written since has `<image>` in
+    its list, and an LM's own numbers beside it.
+
+    Args:
+        model: The model that was loaded; its `name_or_path` says from where.
+        **hub_kwargs: Where the folder is, as for `from_pretrained`.
+    """
+    image_token_id, suppressed = model.config.image_token_id, model.generation_config.suppress_tokens or []
+    if len(suppressed) != 2 or suppressed[1] != image_token_id:
+        return
+    try:
+        saved = GenerationConfig.from_pretrained(model.name_or_path, **hub_kwargs).suppress_tokens
+    except OSError:  # the folder has none
+        return
+    if saved == suppressed[:1]:
+        logger.warning(
+            f"{model.name_or_path} suppresses token {saved[0]} in generation, and not <image>, which is "
+            f"{image_token_id}: an older release wrote it for another vocabulary. <image> is suppressed instead."
+        )
+        model.generation_config.suppress_tokens = [image_token_id]
+
+
 def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel | None, settings: Mapping[str, Any]) -> None:
     """Look whether an assistant can draft for a model: it is handed the pictures as the model has encoded them.
 

@@ -27,11 +27,14 @@ from .cache_mmgpt import MMGPTCache
 from .conditioning_mmgpt import add_gated_blocks, decode
 from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
 from .cross_attention_mmgpt import Conditioning, MMGPTGatedCrossAttentionBlock, Record
-from .generation_mmgpt import MMGPTGenerationMixin, suppress_images
+from .generation_mmgpt import MMGPTGenerationMixin, drop_stale_suppression, suppress_images
 from .images_mmgpt import compute_image_numbers, cross_attention_mask, plan_images
 from .packing_mmgpt import images_of_document, keep_documents_apart
 from .perceiver_mmgpt import PerceiverResampler
 from .vision_mmgpt import KEY_MAPPING, MMGPTVisionTower, build_vision_tower, load_vision_tower, patch_tokens
+
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class Images(NamedTuple):
@@ -347,7 +350,11 @@ class MMGPTModel(MMGPTPreTrainedModel):
 
         Returns:
             `(B, M, N, D_vision)`.
+
+        Raises:
+            ValueError: If the pictures have another shape or size, or are of another number of rows.
         """
+        _check_pixels(pixel_values, self.config.vision_config.image_size, image_numbers)
         if pixel_values.dim() == 5:
             pixel_values = pixel_values[:, :, None]
         if image_numbers is None:
@@ -388,6 +395,15 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         self.model = MMGPTModel(config, vision_tower, text_model)
         self.post_init()
         self._tied_weights_keys = dict(self.all_tied_weights_keys) or None  # where PEFT looks for them
+
+    @classmethod
+    def from_pretrained(cls, *args, generation_config: GenerationConfig | None = None, **kwargs):
+        """Load as every model of transformers; what an older release noted wrongly of `<image>` is set right."""
+        loaded = super().from_pretrained(*args, generation_config=generation_config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        if generation_config is None and model.name_or_path:
+            drop_stale_suppression(model, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
+        return loaded
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -520,6 +536,8 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
             text_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype or "auto")
         if image_token_id is None or end_of_chunk_token_id is None:
             image_token_id, end_of_chunk_token_id, pad_token_id = new_token_ids(text)
+        if isinstance(text, str):
+            stop_at_learnt_end(text_model, text)
         if pad_token_id is not None:
             text_model.config.pad_token_id = pad_token_id
         rows = 1 + max(image_token_id, end_of_chunk_token_id, pad_token_id or 0)
@@ -552,6 +570,26 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
                     parameter.requires_grad_(False)
 
 
+def _check_pixels(pixel_values: torch.Tensor, size: int, image_numbers: torch.Tensor | None) -> None:
+    """Raise unless pictures have a shape and size that the tower takes, and are of as many rows as the text."""
+    shape = tuple(pixel_values.shape)
+    if len(shape) not in (5, 6) or shape[-3] != 3:
+        raise ValueError(
+            f"`pixel_values` has the shape {shape}; it has to be (rows, images, 3, height, width), or (rows, images, "
+            "frames, 3, height, width) for videos: give what the processor returns."
+        )
+    if shape[-2:] != (size, size):
+        raise ValueError(
+            f"The pictures have {shape[-2]} x {shape[-1]} pixels, and the vision tower takes {size} x {size}: use the "
+            "processor of this model, or one with this `size`."
+        )
+    if image_numbers is not None and len(image_numbers) != shape[0]:
+        raise ValueError(
+            f"`pixel_values` holds pictures of {shape[0]} rows, and `input_ids` has {len(image_numbers)} rows: give "
+            "both for the same rows."
+        )
+
+
 def new_token_ids(text: str | PreTrainedModel) -> tuple[int, int, int]:
     """Ids of `<image>`, `<|endofchunk|>` and padding, as `MMGPTProcessor.from_vision_text_pretrained` makes them.
 
@@ -561,11 +599,37 @@ def new_token_ids(text: str | PreTrainedModel) -> tuple[int, int, int]:
     if not isinstance(text, str):
         raise ValueError("Give image_token_id and end_of_chunk_token_id: an LM given as a model has no tokenizer.")
     tokenizer = AutoTokenizer.from_pretrained(text)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": ["<|endofchunk|>", "<image>"]}, replace_extra_special_tokens=False
+    )
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     image_token_id, end_of_chunk_token_id = tokenizer.convert_tokens_to_ids(["<image>", "<|endofchunk|>"])
     return image_token_id, end_of_chunk_token_id, tokenizer.pad_token_id
+
+
+def stop_at_learnt_end(text_model: PreTrainedModel, text: str) -> None:
+    """Have a causal LM end at its tokenizer's end token, which the labels teach, whatever its own configs name.
+
+    A list that holds this token is left: it names other ends beside it.
+
+    Args:
+        text_model: The LM, whose config and generation config are set.
+        text: Its folder or Hub id.
+
+    Raises:
+        ValueError: If the tokenizer has no end token.
+    """
+    learnt = AutoTokenizer.from_pretrained(text).eos_token_id
+    if learnt is None:
+        raise ValueError(
+            f"The tokenizer of {text} has no end token, so a response could not be taught to end: set `eos_token` in "
+            "its tokenizer_config.json."
+        )
+    for config in (text_model.config, text_model.generation_config):
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if learnt not in ends:
+            config.eos_token_id = learnt
 
 
 def _keep_weights(module: nn.Module | None) -> None:

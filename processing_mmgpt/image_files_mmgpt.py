@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # Pillow's modes of colours that are multiplied by their opacity
 
 
 class ImageError(ValueError):
@@ -49,14 +53,14 @@ OWN_IMAGES = ImagePolicy(
 )
 
 
-def open_image(
-    source: Image.Image | np.ndarray | str | os.PathLike | bytes, policy: ImagePolicy = OWN_IMAGES
-) -> Image.Image:
-    """Open one picture, wholly decoded and turned upright by its EXIF orientation.
+def open_image(source: Any, policy: ImagePolicy = OWN_IMAGES) -> Image.Image:
+    """Open one picture, wholly decoded, with 8 bits a channel, and turned upright by its EXIF orientation.
 
     Args:
-        source: A PIL picture, an array `(height, width)` or `(height, width, 3 or 4)` of bytes, a path, the bytes of
-            a file, a data URL, or an `http` or `https` address.
+        source: A PIL picture; an array `(height, width)` or `(height, width, 1, 3 or 4)`, or a tensor with its
+            channels first, of whole numbers of 8 or 16 bits or of truth values; a path; the bytes of a file; either as
+            `datasets` has them, `{"bytes": ..., "path": ...}`; a data URL, or an `http` or `https` address. Of 16 bits
+            the high byte is taken, in every form.
         policy: What may be opened; by default the own pictures of whoever calls: files by their paths, no addresses.
 
     Raises:
@@ -65,9 +69,11 @@ def open_image(
         ImageError: If it is refused: by the policy, or because it is no picture, an animated, damaged or truncated
             one, or one without a known range of values.
     """
+    if isinstance(source, dict) and source and source.keys() <= {"bytes", "path"}:
+        source = _from_column(source)
     if isinstance(source, Image.Image):
-        return _load(source, "The picture")
-    if isinstance(source, np.ndarray):
+        return _finish(source, "The picture")
+    if isinstance(source, np.ndarray | torch.Tensor):
         return _from_array(source)
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), len(source), "The picture", policy)
@@ -76,8 +82,17 @@ def open_image(
     if isinstance(source, str | os.PathLike):
         return _from_path(source, policy)
     raise TypeError(
-        f"A picture is a PIL picture, an array, a path, bytes, a data URL or an address; got {type(source).__name__}."
+        "A picture is a PIL picture, an array, a tensor, a path, bytes, a data URL or an address; got "
+        f"{type(source).__name__}."
     )
+
+
+def _from_column(source: dict[str, Any]) -> Any:
+    """What a column of `datasets.Image(decode=False)` holds."""
+    data = source.get("bytes")
+    if data is not None and not isinstance(data, bytes):
+        raise TypeError(f"The `bytes` of a picture have to be bytes; got {type(data).__name__}.")
+    return source.get("path") if data is None else data
 
 
 def reject_remote(path: str | os.PathLike) -> None:
@@ -144,8 +159,6 @@ def _decode(file, size: int, name: str, policy: ImagePolicy) -> Image.Image:
         raise ImageError(f"{name} has {size:,} bytes, more than the {policy.max_bytes:,} that are read.")
     try:
         image = Image.open(file, formats=policy.formats)
-        # MPO is a camera's JPEG, with previews after it.
-        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except UnidentifiedImageError:
         raise ImageError(f"{name} is no picture of a format that is read: {', '.join(policy.formats)}.") from None
     except Image.DecompressionBombError:
@@ -156,41 +169,60 @@ def _decode(file, size: int, name: str, policy: ImagePolicy) -> Image.Image:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels, more than the {policy.max_pixels:,} that are read."
         )
+    return _finish(image, name)
+
+
+def _finish(image: Image.Image, name: str) -> Image.Image:
+    """Decode a picture that Pillow has opened, turn it upright, and bring it to 8 bits: the end of every road."""
+    try:
+        # MPO is a camera's JPEG, with previews after it.
+        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
+        if not is_animated:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:  # a decoder, as above; and EXIF is a format of its own
+        raise ImageError(_damaged(name)) from error
     if is_animated:
         raise ImageError(f"{name} is animated or has several pages: give one of them as a picture of its own.")
-    return _to_eight_bits(_load(image, name), name)
-
-
-def _load(image: Image.Image, name: str) -> Image.Image:
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # as above; and EXIF is a format of its own
-        raise ImageError(_damaged(name)) from error
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{name} has 32 bits a pixel, without a known range: save it with 8 bits.")
+    if image.mode.startswith("I;16"):
+        return _high_byte(np.asarray(image))
+    return image.convert(STRAIGHT[image.mode]) if image.mode in STRAIGHT else image
 
 
 def _damaged(name: str) -> str:
     return f"{name} cannot be read as a picture, it may be damaged or cut short."
 
 
-def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """Take the high byte of 16-bit grey, as Pillow does for 16-bit colour; it would clip grey to white, silently."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ImageError(f"{name} has 32 bits a pixel, without a known range: save it with 8 bits.")
-    return image
+def _high_byte(array: np.ndarray) -> Image.Image:
+    """As Pillow does for 16-bit colour; grey it would clip to white, silently."""
+    return Image.fromarray((array >> 8).astype(np.uint8))
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    found, kind = f"got {tuple(array.shape)} of {array.dtype}", str(array.dtype).removeprefix("torch.")
+    if isinstance(array, np.ndarray):
+        kind = array.dtype.name  # in whatever order of bytes
+    if kind not in ("uint8", "uint16", "bool"):
         raise ImageError(
-            f"A picture array has shape (height, width) or (height, width, 3 or 4) and dtype uint8; got {array.shape} "
-            f"and {array.dtype}."
+            f"A picture array holds whole numbers of 8 or 16 bits, uint8 or uint16; {found}, without a known range: "
+            "values from 0 to 1 become such by `(255 * array).round().astype(np.uint8)`."
+        )
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu().numpy()
+        array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ImageError(
+            "A picture array has shape (height, width) or (height, width, 1, 3 or 4), a tensor its channels first; "
+            f"{found}."
         )
     if array.size == 0:
-        raise ImageError(f"A picture array has to hold pixels; got {array.shape}.")
-    return Image.fromarray(array)
+        raise ImageError(f"A picture array has to hold pixels; {found}.")
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if kind == "uint16":
+        return _high_byte(array)
+    return Image.fromarray(array.astype(np.uint8) * 255 if kind == "bool" else np.ascontiguousarray(array))
 
 
 def shorten(value: Any, length: int = 80) -> str:

@@ -70,7 +70,7 @@ class MMGPTImageProcessor(BaseImageProcessor):
         self.video_fps = video_fps
         self.max_num_frames = max_num_frames
 
-    def pixels(self, picture: Image.Image | np.ndarray | str | bytes) -> torch.Tensor:
+    def pixels(self, picture: Any) -> torch.Tensor:
         """Turn one picture, given in any form of `open_image`, into floats `(3, size, size)`."""
         pixels = torch.from_numpy(np.array(self.square(open_image(picture))))  # (size, size, 3), bytes
         pixels = pixels.permute(2, 0, 1).contiguous()  # (3, size, size)

@@ -32,19 +32,20 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Every content becomes a list: its images and videos, then at most one text, then at most one input. Texts of one
     message are joined, by line breaks in a user's turn; so nothing can be spelt across two parts that is not seen in
-    one.
+    one. Pictures behind all texts are put before them.
 
     Args:
-        messages: Chat messages of transformers; a string content is one text part. `datasets` pads the parts of a
-            message to one schema, so a part may have fields that are `None`.
+        messages: Chat messages of transformers; a string content is one text part, and `{"type": "image_url",
+            "image_url": {"url": ...}}`, as OpenAI has it, an image part. `datasets` pads the parts of a message to one
+            schema, so a part may have fields that are `None`.
 
     Returns:
         New messages; the given ones are left alone.
 
     Raises:
         TypeError: If `messages` is no list of dicts.
-        ValueError: On an empty list, an unknown role or content type, a system message that is not the first, or a
-            response to nothing.
+        ValueError: On an empty list, an unknown role or content type, a system message that is not the first, a
+            response to nothing, or a picture between two texts of a turn.
     """
     if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
         raise TypeError(
@@ -73,10 +74,23 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             )
         parts = [_part(part, role, number) for part in content]
         images = [part for part in parts if part["type"] in IMAGE_SOURCES]
+        _check_order(parts, number)
         separator = "\n" if role == "user" else ""
         texts = [_joined(kind, parts, separator) for kind in ("text", "input")]
         result.append({"role": role, "content": [*images, *filter(None, texts)]})
     return result
+
+
+def _check_order(parts: list[dict[str, Any]], number: int) -> None:
+    """Raise if a picture stands between two texts: it would be moved before the first, and mean something else."""
+    kinds = ["image" if part["type"] in IMAGE_SOURCES else "text" for part in parts if part.get("text", "#").strip()]
+    turns = [kind for kind, before in zip(kinds, [None, *kinds], strict=False) if kind != before]
+    if turns.count("text") > 1:
+        raise ValueError(
+            f"Message {number} has a picture between two texts, and a turn shows its pictures before its text. Give "
+            "each text with its pictures as a turn of its own, or write the few-shot form as control text, "
+            '`processor(text="<image>text<|endofchunk|><image>text", images=[...])`, which mixes them freely.'
+        )
 
 
 def _joined(kind: str, parts: list[dict[str, Any]], separator: str) -> dict[str, str] | None:
@@ -88,6 +102,12 @@ def _part(part: Any, role: str, number: int) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise ValueError(f"Message {number} has the content part {shorten(part)}; a part is a dict with a type.")
     part = {key: value for key, value in part.items() if value is not None}
+    if part.get("type") == "image_url" and "image_url" in part:
+        source = part["image_url"]
+        url = source.get("url") if isinstance(source, dict) else source
+        if not isinstance(url, str):
+            raise ValueError(f"Message {number} has an image_url part without a url: {part!r}.")
+        part = {"type": "image", "url": url}
     if part.get("type") not in CONTENT_TYPES[role]:
         raise ValueError(
             f"Message {number} has a content part of type {shorten(part.get('type'))}; in a {role} turn it has to be "
@@ -116,26 +136,36 @@ def take_images(messages: list[dict[str, Any]], images: list | None = None) -> t
         in any form of `open_image`, a list of them (the frames of a video), a [`Video`] or [`Latents`].
 
     Raises:
-        ValueError: If places and images differ in number.
+        ValueError: If places and images differ in number, or `images` is no list.
     """
     parts = [part for message in messages for part in message["content"] if part["type"] in IMAGE_SOURCES]
     sources = [_source(part) for part in parts]
-    given = list(images) if images is not None else []
+    if images is not None and not isinstance(images, list | tuple):
+        raise ValueError(
+            f"The images of a conversation are a list, one for each image part; got a {type(images).__name__}: put it "
+            "into a list."
+        )
+    given = images or []
     places = sum(source is None for source in sources)
     if places != len(given):
         raise ValueError(
-            f"The messages mark the place of {places} images without a source, and {len(given)} images were given."
+            f"The messages mark the place of {places} images without a source, and {len(given)} images were given: "
+            "give one for each, in order, as `images`."
         )
     rest = iter(given)
     taken = [
         as_video(next(rest) if source is None else source, is_video=part["type"] == "video")
         for part, source in zip(parts, sources, strict=True)
     ]
-    marked = [
+    return only_places(messages), taken
+
+
+def only_places(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Normalised messages whose image and video parts only mark a place."""
+    return [
         {**m, "content": [{"type": p["type"]} if p["type"] in IMAGE_SOURCES else p for p in m["content"]]}
         for m in messages
     ]
-    return marked, taken
 
 
 def _source(part: dict[str, Any]) -> Any:

@@ -5,21 +5,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_mmgpt import MMGPTImageProcessor
-from .messages_mmgpt import as_video, normalise, take_images
-from .rendering_mmgpt import EncodedChat, encode, render, split_hidden
+from .messages_mmgpt import as_video, normalise, only_places, take_images
+from .rendering_mmgpt import GENERATION, EncodedChat, RenderedChat, encode, render
 
 
 IMAGE_TOKEN = "<image>"
 END_OF_CHUNK_TOKEN = "<|endofchunk|>"
 PAD_TOKEN = "<PAD>"
 
-CHAT_OPTIONS = {"padding": True, "padding_side": None, "images": None}  # of `apply_chat_template`, with their defaults
+# What `apply_chat_template` takes in `processor_kwargs` or beside it, with the defaults.
+CHAT_OPTIONS = {
+    "images": None,
+    "padding": True,
+    "padding_side": None,
+    "pad_to_multiple_of": None,
+    "truncation": False,
+    "max_length": None,
+    "add_special_tokens": False,
+}
 
 
 class MMGPTProcessor(ProcessorMixin):
@@ -27,11 +37,14 @@ class MMGPTProcessor(ProcessorMixin):
 
     Args:
         image_processor: Turns pictures into pixels.
-        tokenizer: A fast tokenizer that has `<image>` and `<|endofchunk|>` as special tokens.
+        tokenizer: A fast tokenizer that has `<image>` and `<|endofchunk|>` as special tokens, and an end token.
         chat_template: The template; by default the one in `chat_template_mmgpt.jinja`.
 
     Raises:
         ValueError: If the tokenizer is slow or lacks one of the tokens.
+
+    No text of a message that [`encode_chat`] or [`apply_chat_template`] renders becomes a control token.
+    `processor.tokenizer` renders the same template by itself, and there `sanitize_control_tokens=True` has to say so.
     """
 
     def __init__(
@@ -44,13 +57,20 @@ class MMGPTProcessor(ProcessorMixin):
             chat_template = Path(__file__).with_name("chat_template_mmgpt.jinja").read_text(encoding="utf-8")
         tokenizer = copy.copy(tokenizer)  # the caller's pads as before
         tokenizer.padding_side = "left"  # pipelines pad with the tokenizer; our own calls say which side they mean
+        tokenizer.chat_template = chat_template  # as in a folder that is loaded, so it renders what we do
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        missing = {IMAGE_TOKEN, END_OF_CHUNK_TOKEN} - set(tokenizer.all_special_tokens)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        missing = {IMAGE_TOKEN, END_OF_CHUNK_TOKEN} - special
         if missing or not tokenizer.is_fast:
             raise ValueError(
                 f"The tokenizer has to be a fast one with {IMAGE_TOKEN} and {END_OF_CHUNK_TOKEN} as special tokens; "
                 f"is_fast is {tokenizer.is_fast}, missing are {sorted(missing)}. "
                 "`MMGPTProcessor.from_vision_text_pretrained` adds them."
+            )
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "The tokenizer has no end token (`eos_token`), which ends each response and teaches `generate` to "
+                "stop: set it, to the token that the language model ends with."
             )
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -89,41 +109,53 @@ class MMGPTProcessor(ProcessorMixin):
         padding_side: str = "left",
         return_tensors: str | None = "pt",
         add_special_tokens: bool = True,
-        **kwargs,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
     ) -> BatchFeature:
         """Turn control text and images into a batch.
 
         Args:
             text: One text or several; each `<image>` in them stands for an image.
-            images: An image, a flat list that the texts share out by their `<image>`s, or a list for each text. In
-                place of an image, a list of images or `{"type": "video", "video": file}` is a video.
+            images: An image, a flat list that the texts share out by their `<image>`s, or a list for each text, `None`
+                for none. In place of an image, a list of images or `{"type": "video", "video": file}` is a video.
             padding: As in a tokenizer.
             padding_side: `"left"` for generation, `"right"` for training.
-            return_tensors: `"pt"`, or `None` for ids as lists.
+            return_tensors: `"pt"`, `"np"`, or `None` for ids as lists.
             add_special_tokens: Let the tokenizer add its BOS, unless the text begins with it.
-            **kwargs: Handed to the tokenizer.
+            truncation: Cut rows to `max_length` ids, at the tokenizer's `truncation_side`.
+            max_length: The most ids of a row; by default the tokenizer's `model_max_length`.
+            pad_to_multiple_of: Pad to a multiple of this number of ids.
 
         Returns:
             `input_ids` and `attention_mask` `(B, T)`; with images, `pixel_values` as [`MMGPTImageProcessor.stack`]
             makes them.
 
         Raises:
-            ValueError: If a text has another number of `<image>`s than images, with the row and both numbers.
+            TypeError: If `text` is no text.
+            ValueError: If a text has another number of `<image>`s than images, with the row and both numbers; or if
+                truncation cuts one off.
         """
         if text is None:
             raise ValueError("The processor needs a text; pictures alone go to its `image_processor`.")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not all(isinstance(row, str) for row in texts):
+            raise TypeError(
+                f"`text` is a string or a list of strings; got {_kinds(text)}. Name what is given: "
+                "`processor(text=..., images=...)`."
+            )
         bos = self.tokenizer.bos_token
         input_ids = [
-            self.tokenizer(row, add_special_tokens=add_special_tokens and not (bos and row.startswith(bos)), **kwargs)[
+            self.tokenizer(row, add_special_tokens=add_special_tokens and not (bos and row.startswith(bos)))[
                 "input_ids"
             ]
             for row in texts
         ]
         images = [list(map(as_video, row)) for row in self._share_out(input_ids, images)]
-        return self.batch(
-            input_ids, images, padding, padding_side, return_tensors, max_length=kwargs.get("max_length")
-        )
+        self._check_images(input_ids, images)
+        padded = {"padding": padding, "padding_side": padding_side, "pad_to_multiple_of": pad_to_multiple_of}
+        input_ids = self._truncated(input_ids, truncation, max_length, padding)
+        return self.batch(input_ids, images, **padded, return_tensors=return_tensors, max_length=max_length)
 
     def encode_chat(
         self, messages: list[dict[str, Any]], images: list | None = None, **template_kwargs
@@ -142,9 +174,8 @@ class MMGPTProcessor(ProcessorMixin):
             ValueError: On messages that [`~processing_mmgpt.messages_mmgpt.normalise`] refuses, if places and images
                 differ in number, or if the template cannot render them.
         """
-        messages = normalise(messages)
-        _, images = take_images(messages, images)
-        return encode(*self._render(messages, **template_kwargs), images, self.tokenizer)
+        messages, images = take_images(normalise(messages), images)
+        return encode(self._render(messages, **template_kwargs), images, self.tokenizer)
 
     def apply_chat_template(
         self,
@@ -157,6 +188,7 @@ class MMGPTProcessor(ProcessorMixin):
         return_dict: bool = False,
         continue_final_message: bool = False,
         processor_kwargs: dict | None = None,
+        sanitize_control_tokens: bool = True,
         **kwargs,
     ) -> str | list[str] | BatchFeature | torch.Tensor:
         """Render conversations, and tokenize them if asked to.
@@ -167,39 +199,71 @@ class MMGPTProcessor(ProcessorMixin):
             add_generation_prompt: End with the head of a response.
             return_assistant_tokens_mask: Return `assistant_masks` as well.
             tokenize: Return ids and pixels, not text.
-            return_tensors: `"pt"`, as is `"auto"`, or `None` for ids as lists.
+            return_tensors: `"pt"`, as is `"auto"`, `"np"`, or `None` for lists.
             return_dict: Return the whole batch, not `input_ids` alone.
             continue_final_message: Leave the last message open.
             processor_kwargs: `padding` as in a tokenizer, by default true; `padding_side`, by default `"left"` before
-                generation and `"right"` else; `images` for the image parts without a source, in order, for a batch a
-                list each; `return_tensors`.
-            **kwargs: `padding`, `padding_side` and `images` as well; and variables of the template.
+                generation and `"right"` else; `pad_to_multiple_of`, `truncation` and `max_length` as in [`__call__`];
+                `images` for the image parts without a source, in order, for a batch a list each; `return_tensors`;
+                `add_special_tokens`, which can only be false, for the template writes them.
+            sanitize_control_tokens: Can only be true: control tokens in the messages are text.
+            **kwargs: The `processor_kwargs` as well; and variables of the template.
 
         Raises:
-            ValueError: As [`encode_chat`].
+            TypeError: On an argument that is none, and that the template does not read.
+            ValueError: As [`encode_chat`]; if truncation cuts an `<image>` off, or if two arguments contradict.
         """
-        given = {key: kwargs.pop(key) for key in CHAT_OPTIONS if key in kwargs} | (processor_kwargs or {})
+        template = self.chat_template if chat_template is None else chat_template
+        given = {key: kwargs.pop(key) for key in (*CHAT_OPTIONS, "return_tensors") if key in kwargs}
+        given |= processor_kwargs or {}
         options = {**CHAT_OPTIONS, "return_tensors": return_tensors, **given}
         if unknown := given.keys() - {*CHAT_OPTIONS, "return_tensors"}:
-            raise ValueError(f"apply_chat_template does not know the processor_kwargs {sorted(unknown)}.")
-        kwargs |= {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
+            raise ValueError(
+                f"apply_chat_template does not know the processor_kwargs {sorted(unknown)}; it knows "
+                f"{[*CHAT_OPTIONS, 'return_tensors']}."
+            )
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        if unread := kwargs.keys() - variables(template):
+            raise TypeError(
+                f"apply_chat_template does not take {sorted(unread)}, and the chat template reads no such variable."
+            )
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt begins a response, continue_final_message goes on: give one of them."
+            )
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True.")
+        if options["add_special_tokens"] or not sanitize_control_tokens:
+            raise ValueError(
+                "The chat template writes the special tokens, and no text can: add_special_tokens can only be false, "
+                "sanitize_control_tokens only true."
+            )
+        kwargs |= {"chat_template": template, "add_generation_prompt": add_generation_prompt}
         kwargs |= {"continue_final_message": continue_final_message}
-        is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
+        is_batch = bool(conversation) and isinstance(conversation, list | tuple)
+        is_batch = is_batch and isinstance(conversation[0], list | tuple)
         conversations = conversation if is_batch else [conversation]
         if not tokenize:
-            texts = [self._render(normalise(messages), **kwargs)[0] for messages in conversations]
-            texts = ["".join(piece for piece, *_ in split_hidden(t, self.tokenizer.all_special_tokens)) for t in texts]
+            texts = [self._render(only_places(normalise(messages)), **kwargs).text for messages in conversations]
             return texts if is_batch else texts[0]
         images = options["images"] if is_batch else [options["images"]]
         chats = self._encode_chats(conversations, images or [None] * len(conversations), is_batch, kwargs)
-        side = options["padding_side"] or ("left" if add_generation_prompt else "right")
+        side = options["padding_side"] or ("left" if add_generation_prompt or continue_final_message else "right")
         tensors = "pt" if options["return_tensors"] == "auto" else options["return_tensors"]
-        rows = [chat.input_ids for chat in chats], [chat.images for chat in chats]
-        batch = self.batch(*rows, options["padding"], side, tensors)
+        limits = options["truncation"], options["max_length"], options["padding"]
+        batch = self.batch(
+            self._truncated([chat.input_ids for chat in chats], *limits),
+            [chat.images for chat in chats],
+            options["padding"],
+            side,
+            tensors,
+            pad_to_multiple_of=options["pad_to_multiple_of"],
+            max_length=options["max_length"],
+        )
         if return_assistant_tokens_mask:
-            masks = [chat.learnt for chat in chats]
+            masks = self._truncated([chat.learnt for chat in chats], *limits)
             masks = pad_rows(masks, 0, side, max(map(len, batch["input_ids"]))) if options["padding"] else masks
-            batch["assistant_masks"] = torch.tensor(masks) if tensors == "pt" else masks
+            batch["assistant_masks"] = as_tensors(masks, tensors)
         return batch if return_dict else batch["input_ids"]
 
     def continue_chat(
@@ -247,29 +311,67 @@ class MMGPTProcessor(ProcessorMixin):
         padding: bool | str,
         padding_side: str,
         return_tensors: str | None = "pt",
-        **kwargs,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
     ) -> BatchFeature:
-        """Pad rows of ids and stack their images.
+        """Pad rows of ids and stack their images; the arguments are those of [`__call__`].
 
         Raises:
             ValueError: If a row has another number of `<image>`s than images, with the row and both numbers.
         """
+        self._check_images(input_ids, images)
+        padded = self.tokenizer.pad(
+            {"input_ids": input_ids},
+            padding=padding,
+            padding_side=padding_side,
+            max_length=max_length if padding == "max_length" else None,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_tensors=return_tensors,
+        )
+        pictures = self.image_processor.stack(images)
+        if return_tensors == "np":
+            pictures = {key: value.numpy() for key, value in pictures.items()}
+        return BatchFeature({**padded, **pictures})
+
+    def _check_images(self, input_ids: list[list[int]], images: list[list]) -> None:
         for number, (ids, own) in enumerate(zip(input_ids, images, strict=True)):
             if ids.count(self.image_token_id) != len(own):
                 raise ValueError(
                     f"Row {number} holds {ids.count(self.image_token_id)} {IMAGE_TOKEN} tokens, but {len(own)} "
                     "pictures were given for it. Give one picture for each token."
                 )
-        padded = self.tokenizer.pad(
-            {"input_ids": input_ids},
-            padding=padding,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-            **kwargs,
-        )
-        return BatchFeature({**padded, **self.image_processor.stack(images)})
 
-    def _render(self, messages: list[dict], chat_template: str | None = None, **template_kwargs) -> tuple[str, list]:
+    def _truncated(
+        self,
+        rows: list[list[int]],
+        truncation: bool | str | None,
+        max_length: int | None,
+        padding: bool | str,
+    ) -> list[list[int]]:
+        """Cut rows of ids to `max_length`, by ourselves: a tokenizer would note the length, for all threads.
+
+        Raises:
+            ValueError: If an `<image>` is cut off, or nothing is to be cut or padded to a `max_length` that is given.
+        """
+        if truncation in (None, False, "do_not_truncate"):
+            if max_length is not None and padding != "max_length":
+                raise ValueError(
+                    f"max_length is {max_length}, and there is neither truncation=True nor padding='max_length' to "
+                    "use it."
+                )
+            return rows
+        limit = self.tokenizer.model_max_length if max_length is None else max_length
+        kept = [row[-limit:] if self.tokenizer.truncation_side == "left" else row[:limit] for row in rows]
+        for number, (row, ids) in enumerate(zip(rows, kept, strict=True)):
+            if lost := row.count(self.image_token_id) - ids.count(self.image_token_id):
+                raise ValueError(
+                    f"Row {number}: truncation to {limit} of its {len(row)} ids cuts {lost} {IMAGE_TOKEN} off: raise "
+                    "max_length, or leave the picture out. `MMGPTCollator` cuts conversations between turns, with "
+                    "their pictures."
+                )
+        return kept
+
+    def _render(self, messages: list[dict], chat_template: str | None = None, **template_kwargs) -> RenderedChat:
         template = self.chat_template if chat_template is None else chat_template
         return render(messages, self.tokenizer, template, **template_kwargs)
 
@@ -288,8 +390,9 @@ class MMGPTProcessor(ProcessorMixin):
             return [[] for _ in input_ids]
         if not isinstance(images, list | tuple):
             images = [images]
-        if len(images) == len(input_ids) and all(isinstance(row, list | tuple) for row in images):
-            return list(images)
+        rows = [[] if row is None else row for row in images]
+        if len(rows) == len(input_ids) and all(isinstance(row, list | tuple) for row in rows):
+            return rows
         counts = [ids.count(self.image_token_id) for ids in input_ids]
         if sum(counts) != len(images):
             raise ValueError(
@@ -301,10 +404,30 @@ class MMGPTProcessor(ProcessorMixin):
 
 
 def add_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer `<|endofchunk|>`, `<image>` and, if it has no padding token, `<PAD>`, in place."""
-    tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK_TOKEN, IMAGE_TOKEN]})
+    """Give a tokenizer `<|endofchunk|>`, `<image>` and, if it has no padding token, `<PAD>`, in place.
+
+    Its own special tokens stay what they are.
+    """
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [END_OF_CHUNK_TOKEN, IMAGE_TOKEN]}, replace_extra_special_tokens=False
+    )
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+
+
+def variables(chat_template: str) -> set[str]:
+    """The variables that a chat template reads."""
+    from jinja2 import Environment, meta
+
+    plain = GENERATION.sub("", chat_template)
+    return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+
+
+def as_tensors(rows: list[list[int]], kind: str | None) -> torch.Tensor | np.ndarray | list[list[int]]:
+    """Make rows of integers a `"pt"` tensor or `"np"` array, or leave them lists."""
+    if kind is None:
+        return rows
+    return torch.tensor(rows) if kind == "pt" else np.array(rows)
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str, width: int) -> list[list[int]]:
@@ -312,6 +435,13 @@ def pad_rows(rows: list[list[int]], value: int, side: str, width: int) -> list[l
     if side == "left":
         return [[value] * (width - len(row)) + row for row in rows]
     return [row + [value] * (width - len(row)) for row in rows]
+
+
+def _kinds(given: Any) -> str:
+    """Name the type of something, and those inside of a list."""
+    if not isinstance(given, list | tuple):
+        return f"a {type(given).__name__}"
+    return f"a {type(given).__name__} of {', '.join(sorted({type(one).__name__ for one in given}))}"
 
 
 def _image_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 
-# Where a control token stands literally in somebody's text, rendering carries this private character and one more that
-# numbers the token: neither the template nor the tokenizer can take them for control.
+# Rendering carries this private character and one more, which numbers what is meant: where a response begins and ends,
+# and a control token that stands literally in somebody's text. Neither template nor tokenizer takes them for control.
 HIDDEN = "\U000f0000"
+BEGIN, END = "\U000f0001", "\U000f0002"
+FIRST = ord(END) + 1  # of the numbers of literals
+
+GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,34 @@ class EncodedChat:
         return EncodedChat(self.input_ids[:length], self.learnt[:length], self.images[:num_images], ends)
 
 
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as text.
+
+    Args:
+        pieces: Pieces of the text, and for each whether it is a control token that has to stay text.
+        spans: Where in the text each response begins and ends.
+    """
+
+    pieces: list[tuple[str, bool]]
+    spans: list[tuple[int, int]]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(piece for piece, _ in self.pieces)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> list[str]:
+    """The tokens that no text may become: all special ones, and the added ones that the template writes."""
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special or str(t) in chat_template]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+
 def render(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, chat_template: str, **template_kwargs
-) -> tuple[str, list[tuple[int, int]]]:
-    """Render normalised messages, control tokens in their texts hidden.
+) -> RenderedChat:
+    """Render normalised messages.
 
     Args:
         messages: Messages from [`~processing_mmgpt.messages_mmgpt.normalise`].
@@ -54,48 +81,40 @@ def render(
         chat_template: The template.
         **template_kwargs: Its variables, `add_generation_prompt` and `continue_final_message`.
 
-    Returns:
-        The text, for [`split_hidden`], and where in it each response begins and ends.
-
     Raises:
         ValueError: If the template cannot render them.
     """
+    literals = [HIDDEN, *control_tokens(tokenizer, chat_template)]
     try:
-        rendered, spans = render_jinja_template(
-            conversations=[_hide(messages, tokenizer.all_special_tokens)],
-            chat_template=chat_template,
-            return_assistant_tokens_mask=True,
-            **{**tokenizer.special_tokens_map, **template_kwargs},
+        rendered = tokenizer.apply_chat_template(
+            _hide(messages, literals),
+            chat_template=GENERATION.sub(_mark, chat_template),
+            tokenize=False,
+            **template_kwargs,
         )
     except Exception as error:  # a template is a program
         raise ValueError(f"The chat template cannot render these messages: {error}") from error
-    return rendered[0], spans[0]
+    return _split(rendered, literals)
 
 
-def encode(
-    rendered: str, spans: list[tuple[int, int]], images: list, tokenizer: PreTrainedTokenizerBase
-) -> EncodedChat:
-    """Tokenize what [`render`] returned. A control token that is hidden in it gets the ids of its characters."""
-    ids, starts, offset = [], [], 0  # where in the text each token begins
-    for piece, length, stays_text in split_hidden(rendered, tokenizer.all_special_tokens):
-        encoded = tokenizer(
-            piece, add_special_tokens=False, split_special_tokens=stays_text, return_offsets_mapping=True
-        )
-        ids += encoded["input_ids"]
-        starts += [offset + (0 if stays_text else start) for start, _ in encoded["offset_mapping"]]
-        offset += length
-    learnt = [int(any(begin <= start < end for begin, end in spans)) for start in starts]
-    ends = [sum(start < end for start in starts) for _, end in spans]
-    return EncodedChat(ids, learnt, images, ends)
+def _mark(tag: re.Match) -> str:
+    """Write where a response begins before the tag that says so, and where it ends behind the other.
+
+    Of the white space around them, the tags take away what they did before.
+    """
+    before, is_end, after = tag.groups()
+    if is_end:
+        return f"{{%{before} endgeneration %}}{{% if true %}}{HIDDEN}{END}{{% endif {after}%}}"
+    return f"{{%{before} if true %}}{HIDDEN}{BEGIN}{{% endif %}}{{% generation {after}%}}"
 
 
-def _hide(messages: list[dict[str, Any]], tokens: list[str]) -> list[dict[str, Any]]:
-    """Replace each control token that stands literally in a text by two private characters."""
-    hidden = [HIDDEN, *tokens]
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(hidden, key=len, reverse=True)))
+def _hide(messages: list[dict[str, Any]], literals: list[str]) -> list[dict[str, Any]]:
+    """Replace each of the literals that stands in a text by two private characters."""
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(literals, key=len, reverse=True)))
+    codes = {token: HIDDEN + chr(FIRST + number) for number, token in enumerate(literals)}
 
     def hide(text: str) -> str:
-        return pattern.sub(lambda match: HIDDEN + chr(ord(HIDDEN) + hidden.index(match.group())), text)
+        return pattern.sub(lambda match: codes[match.group()], text)
 
     return [
         {
@@ -108,21 +127,75 @@ def _hide(messages: list[dict[str, Any]], tokens: list[str]) -> list[dict[str, A
     ]
 
 
-def split_hidden(rendered: str, tokens: list[str]) -> Iterator[tuple[str, int, bool]]:
-    """Split a rendered text into pieces.
-
-    Yields:
-        Each piece as it is meant, its length in `rendered`, and whether it is a control token that has to stay text.
+def _split(rendered: str, literals: list[str]) -> RenderedChat:
+    """Split what a template wrote at the private characters.
 
     Raises:
         ValueError: If what follows a private character is not what was put there.
     """
-    hidden = [HIDDEN, *tokens]
-    for number, piece in enumerate(re.split(f"{HIDDEN}(.)", rendered, flags=re.DOTALL)):
-        if number % 2:
-            token = ord(piece) - ord(HIDDEN)
-            if not 0 <= token < len(hidden):
+    pieces, spans, length, begin = [], [], 0, None
+    for number, piece in enumerate(re.split(f"{HIDDEN}(.?)", rendered, flags=re.DOTALL)):
+        is_literal = number % 2 == 1
+        if is_literal and piece == BEGIN:
+            begin = length
+            continue
+        if is_literal and piece == END and begin is not None:
+            spans.append((begin, length))
+            begin = None
+            continue
+        if is_literal:
+            code = ord(piece) - FIRST if piece else -1
+            if not 0 <= code < len(literals):
                 raise ValueError("The chat template takes texts apart, or holds a private character of ours: U+F0000.")
-            yield hidden[token], 2, True
-        elif piece:
-            yield piece, len(piece), False
+            piece = literals[code]
+        if is_literal or not pieces or pieces[-1][1]:
+            pieces.append(([], is_literal))
+        pieces[-1][0].append(piece)  # what is parted by a response alone is tokenized as one
+        length += len(piece)
+    if begin is not None:  # the last response is left open
+        spans.append((begin, length))
+    return RenderedChat([("".join(parts), is_literal) for parts, is_literal in pieces], spans)
+
+
+def encode(chat: RenderedChat, images: list, tokenizer: PreTrainedTokenizerBase) -> EncodedChat:
+    """Tokenize a rendered conversation. A control token that has to stay text gets the ids of its characters."""
+    tokens = list(_tokens(chat, tokenizer))
+    learnt, ends, spans = [0] * len(tokens), [], iter(chat.spans)
+    begin, end = next(spans, (None, None))
+    for number, (_, start) in enumerate(tokens):
+        while end is not None and start >= end:
+            ends.append(number)
+            begin, end = next(spans, (None, None))
+        learnt[number] = int(end is not None and start >= begin)
+    if end is not None:
+        ends.append(len(tokens))
+    ends += [len(tokens) for _ in spans]
+    return EncodedChat([token for token, _ in tokens], learnt, images, ends)
+
+
+def _tokens(chat: RenderedChat, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+    """Each token and where in the text it begins."""
+    offset = 0
+    literals = {piece: _as_text(piece, tokenizer) for piece in {p for p, stays_text in chat.pieces if stays_text}}
+    for piece, stays_text in chat.pieces:
+        if stays_text:
+            yield from ((token, offset) for token in literals[piece])
+        else:
+            encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            starts = (offset + start for start, _ in encoded["offset_mapping"])
+            yield from zip(encoded["input_ids"], starts, strict=True)
+        offset += len(piece)
+
+
+def _as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text in which no added token is looked for.
+
+    The tokenizer's own switch for it, `split_special_tokens`, is one for all threads, and knows special tokens only.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    words = [text]
+    if backend.pre_tokenizer is not None:
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in backend.model.tokenize(word)]

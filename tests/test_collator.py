@@ -219,3 +219,32 @@ def test_records_that_went_through_datasets_give_the_same_batch(processor, pictu
     batch = MMGPTCollator(processor)(loaded)
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+ASK = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}]
+REPLY = [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"messages": ASK + REPLY, "images": "a.png"}, "list.*got a str"),
+        ({"messages": ASK + REPLY, "images": "PICTURE"}, "list.*got a Image"),
+        ({"messages": ASK + REPLY, "images": {"bytes": b"", "path": None}}, "list.*got a dict"),
+        ({"messages": ASK + REPLY, "image": "PICTURE"}, "`images`, a list; this one has `image`"),
+        ({"prompt": ASK, "completion": REPLY, "images": []}, "completion.*prompt.*`messages`"),
+        ({"messages": None, "text": "a"}, "messages.*text"),
+    ],
+)
+def test_a_record_of_another_form_is_told_what_to_do(processor, picture, record, named):
+    record = {key: picture(0) if value == "PICTURE" else value for key, value in record.items()}
+    with pytest.raises(ValueError, match=f"(?s)Row 0 of the batch: .*{named}"):
+        MMGPTCollator(processor)([record])
+
+
+def test_a_column_that_is_not_decoded_is_taken(processor, picture, shown, tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    for column in ({"bytes": (tmp_path / "a.png").read_bytes(), "path": None},
+                   {"bytes": None, "path": str(tmp_path / "a.png")}):  # fmt: skip
+        batch = MMGPTCollator(processor)([{"messages": ASK + REPLY, "images": [column]}])
+        shown(batch["pixel_values"][0], [picture(0)])

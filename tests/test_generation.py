@@ -1,14 +1,21 @@
 """`generate()`: whatever the strategy, the cache and the batch, the tokens are those of a plain full recomputation."""
 
+import json
+import shutil
 import threading
 
+import peft
 import pytest
 import torch
-from conftest import note_results
+from conftest import BASE, note_results
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CompileConfig,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     StaticCache,
     TextIteratorStreamer,
@@ -19,6 +26,7 @@ from transformers import (
 from modeling_mmgpt import MMGPTCache, MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
 
 
+PICTURE = str(BASE.parents[1] / "records" / "two_pictures-0.png")
 MODES = ("preceding", "all_preceding", "following")
 NEW = 10
 
@@ -326,6 +334,64 @@ def test_the_image_token_is_generated_only_if_asked_for(model, ids, pixels, how)
         if u or "prompt_lookup_num_tokens" not in how
     ]
     assert all((tokens == 259).all() for tokens in asked)
+
+
+def stale(folder, suppressed):
+    """A copy of the shipped base with another list of what is suppressed; `None` for no generation config."""
+    shutil.copytree(BASE, folder)
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text())
+    path.unlink() if suppressed is None else path.write_text(json.dumps(config | {"suppress_tokens": suppressed}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("suppressed", "expected"),
+    [([755], [763]), (None, [763]), ([763], [763]), ([], [763]), ([755, 763], [755, 763]), ([5, 7], [5, 7, 763])],
+)
+@pytest.mark.parametrize("auto", [False, True])
+def test_what_an_older_release_suppresses_in_place_of_the_image_is_healed(
+    tmp_path, caplog, suppressed, expected, auto
+):
+    folder = stale(tmp_path / "base", suppressed)
+    loader = AutoModelForImageTextToText if auto else MMGPTForConditionalGeneration
+    with caplog.at_level("WARNING"):
+        model = loader.from_pretrained(folder)
+    assert model.generation_config.suppress_tokens == expected
+    model.save_pretrained(tmp_path / "saved")
+    assert loader.from_pretrained(tmp_path / "saved").generation_config.suppress_tokens == expected
+
+
+def test_a_stale_base_is_healed_under_an_adapter_and_in_each_way_of_loading(make_adapter, tmp_path):
+    folder = stale(tmp_path / "base", [755])
+    adapter = make_adapter(folder, tmp_path / "adapter")
+    base = MMGPTForConditionalGeneration.from_pretrained(folder, output_loading_info=True)[0]
+    models = [base, peft.PeftModel.from_pretrained(base, adapter)]
+    models += [auto.from_pretrained(adapter) for auto in (AutoModelForImageTextToText, AutoModel)]
+    models += [MMGPTForConditionalGeneration.from_pretrained(adapter)]
+    assert all(model.generation_config.suppress_tokens == [763] for model in models)
+    given = GenerationConfig(suppress_tokens=[5])
+    asked = MMGPTForConditionalGeneration.from_pretrained(folder, generation_config=given)
+    assert asked.generation_config.suppress_tokens == [5, 763]
+
+
+def test_the_shipped_base_says_all_of_its_words():
+    model, processor = AutoModelForImageTextToText.from_pretrained(BASE), AutoProcessor.from_pretrained(BASE)
+    assert model.generation_config.suppress_tokens == [processor.image_token_id]
+    prompt = processor(text="<image>this is a zemp<|endofchunk|>" * 3 + "<image>this is a", images=[PICTURE] * 4)
+    said = model.generate(**prompt, max_new_tokens=1, do_sample=False)
+    assert processor.decode(said[0, -1]) == "zemp"
+
+
+def test_generation_in_checkpointed_training_gives_the_same_tokens(make_model, ids, pixels):
+    model = make_model()
+    batch, given = ids("ab#c"), pixels(1, 1)
+    expected = greedy(model, batch, pixel_values=given)
+    model.train()
+    assert torch.equal(greedy(model, batch, pixel_values=given), expected)
+    model.activation_checkpointing_enable()
+    assert torch.equal(greedy(model, batch, pixel_values=given), expected)
+    assert torch.equal(greedy(model, batch, pixel_values=given, use_cache=False), expected)
 
 
 def test_a_generated_image_token_stands_for_no_picture(make_model, ids, pixels):

@@ -10,12 +10,15 @@ import socket
 import struct
 import threading
 import time
+import warnings
 import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from datasets import Image as HFImage
 from PIL import Image
 
 from processing_mmgpt import MMGPTImageProcessor
@@ -499,3 +502,119 @@ def test_a_square_stays_as_it_is():
     processor = MMGPTImageProcessor(size=24)
     once = processor.square(open_image(encoded(size=(50, 30))))
     assert processor.square(once).tobytes() == once.tobytes() and once.size == (24, 24)
+
+
+# One picture, whatever it comes as
+
+
+def pixels_or_refusal(source):
+    try:
+        return MMGPTImageProcessor(size=24).pixels(source)
+    except ImageError as error:
+        return re.sub(r".*?(has|is) ", "", str(error), count=1)
+
+
+def forms(picture, kind, tmp_path):
+    """A picture as a file of that kind, in every form that a file takes."""
+    path = tmp_path / "picture.bin"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow will not save every mode in every format for ever
+        picture.save(path, kind)
+    column = {"bytes": path.read_bytes(), "path": None}
+    decoded = HFImage().decode_example(column)
+    return path, str(path), path.read_bytes(), Image.open(path), decoded, column, {"bytes": None, "path": str(path)}
+
+
+SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
+EIGHT = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "RGBa", "La")
+KINDS = ("PNG", "TIFF", "JPEG", "BMP", "PPM", "JPEG2000", "WEBP", "GIF")
+
+
+def of_mode(mode):
+    if mode in SIXTEEN:
+        order = ">u2" if mode == "I;16B" else "<u2"
+        values = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(order)
+        return Image.frombytes(mode, (40, 30), values.tobytes())
+    if mode in ("I", "F"):
+        return Image.fromarray(np.linspace(0, 255, 1200).reshape(30, 40).astype({"I": "int32", "F": "float32"}[mode]))
+    return Image.frombytes(mode, (40, 30), np.random.default_rng(0).bytes(len(Image.new(mode, (40, 30)).tobytes())))
+
+
+@pytest.mark.parametrize("mode", [*EIGHT, *SIXTEEN, "I", "F"])
+def test_a_picture_is_the_same_by_every_road_for_every_mode_of_pillow(tmp_path, mode):
+    for kind in KINDS:
+        try:
+            given = forms(of_mode(mode), kind, tmp_path)
+        except (OSError, ValueError):  # Pillow saves no such mode in this format
+            continue
+        first, *others = map(pixels_or_refusal, given)
+        for other in others:
+            assert torch.equal(other, first) if isinstance(first, torch.Tensor) else other == first
+
+
+@pytest.mark.parametrize("mode", [*EIGHT, *SIXTEEN])
+def test_every_mode_with_a_range_is_taken(mode):
+    assert open_image(of_mode(mode)).mode in EIGHT
+    assert MMGPTImageProcessor(size=24).pixels(of_mode(mode)).shape == (3, 24, 24)
+
+
+@pytest.mark.parametrize("mode", SIXTEEN)
+def test_sixteen_bits_are_their_high_byte_by_every_road(mode):
+    picture = of_mode(mode)
+    high = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16) >> 8
+    array = (high.astype(np.uint16) << 8) + 7
+    for source in (picture, array, array.astype(">u2"), array[..., None], torch.from_numpy(array)):
+        assert np.array_equal(np.asarray(open_image(source)), high)
+    colour = np.stack([array] * 3, axis=-1)
+    assert np.array_equal(np.asarray(open_image(colour)), np.stack([high] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint32"])
+@pytest.mark.parametrize("shape", [(8, 9), (8, 9, 3)])
+def test_numbers_without_a_known_range_are_refused_by_every_road(dtype, shape):
+    array = np.ones(shape, dtype)
+    sources = [array, torch.from_numpy(np.moveaxis(array, -1, 0).copy())]
+    if dtype in ("int32", "float32") and len(shape) == 2:
+        sources.append(Image.fromarray(array))
+    for source in sources:
+        with pytest.raises(ImageError, match="without a known range"):
+            open_image(source)
+    with pytest.raises(ImageError, match="without a known range"):
+        open_image(torch.ones(shape, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_tensor_has_its_channels_first_and_an_array_last(channels):
+    array = np.random.default_rng(0).integers(0, 256, (30, 40, channels), dtype=np.uint8)
+    expected = MMGPTImageProcessor(size=24).pixels(array[..., 0] if channels == 1 else Image.fromarray(array))
+    for source in (array, torch.from_numpy(array).permute(2, 0, 1), torch.from_numpy(array).permute(2, 0, 1) * 1):
+        assert torch.equal(MMGPTImageProcessor(size=24).pixels(source), expected)
+    truth = array > 127
+    assert np.array_equal(np.asarray(open_image(truth[..., 0])), truth[..., 0] * np.uint8(255))
+
+
+def test_frames_of_a_video_are_pictures_by_the_same_road():
+    array = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
+    processor = MMGPTImageProcessor(size=24)
+    frames = processor.frames([array, of_mode("I;16"), torch.from_numpy(array)])
+    assert all(torch.equal(frame, processor.pixels(array)) for frame in frames)
+
+
+def test_an_animated_picture_is_refused_as_a_file_and_as_a_picture():
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "GIF", save_all=True, append_images=[Image.new("L", (8, 8), 255)])
+    for source in (buffer.getvalue(), Image.open(buffer)):
+        with pytest.raises(ImageError, match="animated"):
+            open_image(source)
+
+
+@pytest.mark.parametrize("column", [{"bytes": "/etc/hostname"}, {"bytes": 3, "path": None}, {}, {"path": 1, "x": 1}])
+def test_a_column_that_holds_no_bytes_is_refused(column):
+    with pytest.raises(TypeError):
+        open_image(column)
+
+
+def test_a_column_is_opened_under_the_policy(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="not read from paths"):
+        open_image({"bytes": None, "path": str(tmp_path / "a.png")}, ImagePolicy())

@@ -16,15 +16,12 @@ from processing_mmgpt import MMGPTImageProcessor
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "image_preprocess"
-MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "I;16", "I", "F")
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # of 8 bits
 EXIF_ORIENTATION = 0x0112
 
 
 def noise(width, height, mode="RGB", seed=0):
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    if mode in ("I;16", "I", "F"):
-        types = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
-        return Image.fromarray(values[..., 0].astype(types[mode]))
     if mode == "P":
         picture = Image.fromarray(values[..., 0], "P")
         picture.putpalette(values[0].tobytes().ljust(768, b"\x07")[:768])

@@ -22,7 +22,7 @@ from modeling_mmgpt import (
     MMGPTVisionConfig,
     compute_image_index,
 )
-from processing_mmgpt import MMGPTProcessor
+from processing_mmgpt import MMGPTCollator, MMGPTProcessor
 
 
 MODES = ("preceding", "all_preceding", "following")
@@ -220,6 +220,36 @@ def test_too_few_pictures_are_named_by_row_and_numbers(model, ids, pixels, rows,
         with pytest.raises(ValueError) as error:
             run(**ids(*rows), pixel_values=given)
         assert all(part in str(error.value) for part in named), error.value
+
+
+@pytest.mark.parametrize(
+    ("shape", "named"),
+    [
+        ((1, 3, 24, 24), r"shape \(1, 3, 24, 24\).*rows, images, 3"),
+        ((1, 1, 24, 24, 3), r"shape \(1, 1, 24, 24, 3\)"),
+        ((1, 1, 1, 24, 24), r"shape \(1, 1, 1, 24, 24\)"),
+        ((1, 1, 3, 32, 32), "32 x 32.*24 x 24"),
+        ((1, 1, 3, 24, 16), "24 x 16.*24 x 24"),
+        ((2, 1, 3, 24, 24), "2 rows.*1 rows"),
+    ],
+)
+def test_pictures_of_another_shape_are_named(model, ids, shape, named):
+    for run in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match=named):
+            run(**ids("#a"), pixel_values=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("every", [5, 8])
+def test_a_model_that_no_picture_reaches_is_refused_with_both_numbers(make_model, every):
+    with pytest.raises(ValueError, match=f"(?s){every}.*4 layers"):
+        make_model(cross_attn_every_n_layers=every)
+
+
+def test_attentions_under_sdpa_are_none_with_a_warning(make_model, ids, pixels, caplog):
+    model = make_model(attention="sdpa")
+    with caplog.at_level("WARNING", logger="transformers"):
+        outputs = model(**ids("a#b"), pixel_values=pixels(1, 1), output_attentions=True)
+    assert outputs.cross_attentions is None and not any(a is not None for a in outputs.attentions or ())
 
 
 def test_inputs_embeds_is_refused_by_name(model):
@@ -492,6 +522,59 @@ def test_a_tower_and_an_lm_are_joined(lm_folder, open_clip_model, ids, pixels, t
     again = MMGPTForConditionalGeneration.from_pretrained(tmp_path / "joined")
     assert difference(logits(again, batch, pixel_values=given), ours) == 0.0
     assert again.generation_config.pad_token_id == 260 and again.generation_config.suppress_tokens == [259]
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"), [(7, 257), ([7, 9], 257), ([7, 257], [7, 257]), (None, 257), (257, 257)]
+)
+@pytest.mark.parametrize("config_alone", [False, True])
+def test_a_joined_model_stops_at_the_end_that_its_labels_teach(
+    make_model, make_lm, base_tokenizer, open_clip_model, processor, tmp_path, named, expected, config_alone
+):
+    lm = make_lm(make_model(text={"pad_token_id": None}))
+    lm.resize_token_embeddings(258)
+    lm.config.eos_token_id = lm.generation_config.eos_token_id = named
+    lm.save_pretrained(tmp_path / "lm")
+    base_tokenizer.save_pretrained(tmp_path / "lm")
+    if config_alone:
+        (tmp_path / "lm" / "generation_config.json").unlink()
+    clip, model_config = open_clip_model
+    model = MMGPTForConditionalGeneration.from_vision_text_pretrained(
+        clip.state_dict(), str(tmp_path / "lm"), vision_config=model_config, cross_attn_every_n_layers=2
+    )
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = MMGPTCollator(processor)([{"messages": messages}])
+    assert row["labels"][0, -1] == 257
+    model.save_pretrained(tmp_path / "joined")
+    (tmp_path / "without").mkdir()
+    for file in (tmp_path / "joined").iterdir():
+        if file.name != "generation_config.json":
+            (tmp_path / "without" / file.name).symlink_to(file)
+    loaded = [MMGPTForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("joined", "without")]
+    for one in (model, *loaded):
+        assert one.generation_config.eos_token_id == expected
+
+
+def test_an_lm_whose_tokenizer_has_no_end_is_refused_by_name(lm_folder, open_clip_model, base_tokenizer):
+    base_tokenizer.eos_token = None
+    base_tokenizer.save_pretrained(lm_folder)
+    clip, model_config = open_clip_model
+    with pytest.raises(ValueError, match="no end token"):
+        MMGPTForConditionalGeneration.from_vision_text_pretrained(
+            clip.state_dict(), lm_folder, vision_config=model_config
+        )
+
+
+def test_joining_keeps_the_special_tokens_of_the_lm(lm_folder, open_clip_model, base_tokenizer, tmp_path):
+    base_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    base_tokenizer.save_pretrained(lm_folder)
+    clip, model_config = open_clip_model
+    model = MMGPTForConditionalGeneration.from_vision_text_pretrained(
+        clip.state_dict(), lm_folder, vision_config=model_config
+    )
+    processor = MMGPTProcessor.from_vision_text_pretrained(None, lm_folder, vision_config=model_config)
+    assert model.config.image_token_id == processor.image_token_id == 260
+    assert "<|im_start|>" in processor.tokenizer.all_special_tokens
 
 
 def test_the_last_norm_of_the_tower_is_a_choice(lm_folder, open_clip_model, pixels):

@@ -313,8 +313,8 @@ def test_what_processor_kwargs_say_goes_before(processor, where, inside):
     given = {**where, "processor_kwargs": {"return_tensors": inside, "padding_side": "left"}}
     ids = processor.apply_chat_template([[SYSTEM, user("hi")], [SYSTEM, user("hello")]], tokenize=True, **given)
     assert isinstance(ids, torch.Tensor) == (inside is not None) and ids[0][0] == processor.tokenizer.pad_token_id
-    with pytest.raises(ValueError, match="does not know the processor_kwargs .'truncation'"):
-        processor.apply_chat_template([user("hi")], tokenize=True, processor_kwargs={"truncation": True})
+    with pytest.raises(ValueError, match="does not know the processor_kwargs .'truncatoin'"):
+        processor.apply_chat_template([user("hi")], tokenize=True, processor_kwargs={"truncatoin": True})
 
 
 @pytest.mark.parametrize("rows", [["<image>a"], ["<image>", "a", "<image>b<image>"], ["a", "b"]])
@@ -453,3 +453,124 @@ def test_pictures_of_rows_are_a_ragged_list(processor, picture):
         chats, images=[many, [picture(40)], []], tokenize=True, return_dict=True, add_generation_prompt=True
     )
     assert torch.equal(chat["pixel_values"], batch["pixel_values"])
+
+
+# Arguments
+
+
+LONG = [SYSTEM, user("hello " * 40)]
+TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_truncation_padding_and_tensors_are_honoured(processor, inside):
+    def ask(messages, **options):
+        options = {"processor_kwargs": options} if inside else options
+        return processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+
+    whole = ask(LONG)["input_ids"]
+    assert torch.equal(ask(LONG, truncation=True, max_length=64)["input_ids"], whole[:, :64])
+    assert ask(LONG, padding="max_length", max_length=400)["attention_mask"].sum(dim=1).tolist() == [whole.shape[1]]
+    assert ask(LONG, padding="max_length", max_length=400)["input_ids"].shape == (1, 400)
+    assert ask(LONG, pad_to_multiple_of=128)["input_ids"].shape[1] % 128 == 0
+    assert isinstance(ask(LONG, return_tensors="np")["input_ids"], np.ndarray)
+    assert ask(LONG, return_tensors=None)["input_ids"] == whole.tolist()
+    learnt = [*LONG, assistant("yo")]
+    masks = processor.apply_chat_template(
+        learnt, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, truncation=True,
+        max_length=whole.shape[1] + 17, return_tensors="np",
+    )  # fmt: skip
+    assert masks["assistant_masks"].shape == masks["input_ids"].shape and masks["assistant_masks"].sum() == 1
+
+
+def test_the_processor_honours_the_same(processor, draw, picture):
+    texts = ["abcdef", "<image>b"]
+    rows = processor(text=texts, images=[None, [picture(0)]], truncation=True, max_length=3, padding=True)
+    assert [draw(row) for row in rows["input_ids"]] == ["^ab", "^@b"]
+    rows = processor(
+        text=texts, images=[None, picture(0)][1:], padding="max_length", max_length=9, return_tensors="np"
+    )
+    assert rows["input_ids"].shape == (2, 9) and isinstance(rows["pixel_values"], np.ndarray)
+    processor.tokenizer.truncation_side = "left"
+    try:
+        cut = processor(text="abcdef", truncation=True, max_length=3)
+        assert draw(cut["input_ids"][0]) == "def"
+    finally:
+        processor.tokenizer.truncation_side = "right"
+    assert processor.tokenizer("abcdef")["input_ids"][1:] == processor(text="abcdef")["input_ids"][0, 1:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"add_generation_promt": True}, "add_generation_promt"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"documents": [{"title": "a", "text": "b"}]}, "documents"),
+        ({"size": 96}, "size"),
+        ({"max_length": 64}, "truncation=True"),
+        ({"add_special_tokens": True}, "add_special_tokens"),
+        ({"sanitize_control_tokens": False}, "sanitize_control_tokens"),
+        ({"processor_kwargs": {"truncate": True}}, "truncate"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+        ({"return_assistant_tokens_mask": True}, "return_dict"),
+    ],
+)
+def test_an_argument_that_would_be_swallowed_is_refused_by_name(processor, options, named):
+    with pytest.raises((TypeError, ValueError), match=named):
+        processor.apply_chat_template([user("hi"), assistant("yo")], **{"tokenize": True, **options})
+
+
+@pytest.mark.parametrize("options", [{"size": 96}, {"do_rescale": False}, {"paddin": True}])
+def test_the_processor_refuses_what_it_does_not_know(processor, options):
+    with pytest.raises(TypeError, match=next(iter(options))):
+        processor(text="a", **options)
+
+
+def test_what_the_template_reads_and_what_is_none_is_taken(processor):
+    template = "{{ greeting }}{% for m in messages %}{% break %}{% endfor %}"
+    template += "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    ask = [user("hi")]
+    assert processor.apply_chat_template(ask, chat_template=template, greeting="hey", tools=[TOOL]) == "heyadd"
+    plain = processor.apply_chat_template(ask)
+    assert processor.apply_chat_template(ask, tools=None, documents=None, sanitize_control_tokens=True) == plain
+
+
+def test_a_begun_reply_is_padded_on_the_left(processor, draw):
+    chats = [[SYSTEM, user("hi"), assistant("y")], [SYSTEM, user("hello"), assistant("n")]]
+    rows = processor.apply_chat_template(chats, tokenize=True, return_dict=True, continue_final_message=True)
+    head = "\n\n### Response:\n"
+    assert [draw(row) for row in rows["input_ids"]] == [
+        f"___^P\n\n### Instruction:\nhi{head}y", f"^P\n\n### Instruction:\nhello{head}n",
+    ]  # fmt: skip
+    right = processor.apply_chat_template(chats, tokenize=True, continue_final_message=True, padding_side="right")
+    assert draw(right[0]).endswith("y___")
+
+
+@pytest.mark.parametrize("nothing", [None, [], ()])
+def test_none_is_a_row_without_pictures(processor, picture, nothing):
+    batch = processor(text=["<image>a", "b"], images=[[picture(0)], nothing], padding=True)
+    assert batch["pixel_values"].shape[:2] == (2, 1) and not batch["pixel_values"][1].any()
+    chats = [[user("#", "a")], [user("b")]]
+    again = processor.apply_chat_template(chats, images=[[picture(0)], nothing], tokenize=True, return_dict=True)
+    assert torch.equal(again["pixel_values"], batch["pixel_values"])
+    assert "pixel_values" not in processor(text=["a", "b"], images=[nothing, nothing], padding=True)
+
+
+@pytest.mark.parametrize("cut", ["text", "chat"])
+def test_truncation_that_cuts_a_picture_says_so(processor, picture, cut):
+    with pytest.raises(ValueError, match="(?s)Row 0: truncation to 3 .* cuts 1 <image>.*max_length"):
+        if cut == "text":
+            processor(text="a b c <image>", images=picture(0), truncation=True, max_length=3)
+        else:
+            processor.apply_chat_template(
+                [user("#", "a")], images=[picture(0)], tokenize=True, truncation=True, max_length=3
+            )
+
+
+@pytest.mark.parametrize("order", ["picture first", "pictures first", "numbers"])
+def test_what_is_no_text_is_named(processor, picture, order):
+    given = {"picture first": picture(0), "pictures first": [picture(0)], "numbers": [1, 2]}[order]
+    with pytest.raises(
+        TypeError, match=r"(?s)`text` is a string.*(Image|int).*processor\(text=\.\.\., images=\.\.\.\)"
+    ):
+        processor(given, "<image>a")

@@ -123,8 +123,15 @@ class MMGPTCollator:
 
         Raises:
             NothingToLearnError: If nothing is left to learn from.
-            ValueError: If its pictures do not fit.
+            ValueError: If its pictures do not fit, or it is no record.
         """
+        if record.get("messages") is None:
+            raise ValueError(
+                f"A record has `messages`; this one has {sorted(record)}. A prompt and a completion become the turns "
+                "of user and assistant in `messages`."
+            )
+        if record.get("image") is not None:
+            raise ValueError("A record has its pictures in `images`, a list; this one has `image`: make it a list.")
         chat = self.processor.encode_chat(record["messages"], record.get("images"), **self.template)
         if not any(chat.learnt):
             raise NothingToLearnError("It has no response to learn from.")
