@@ -2,10 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from .base_model_mmgpt import MMGPTModel
 from .cache_mmgpt import MMGPTCache
 from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
 from .images_mmgpt import compute_image_index
-from .modeling_mmgpt import MMGPTForConditionalGeneration, MMGPTModel
+from .modeling_mmgpt import MMGPTForConditionalGeneration
 
 
 __all__ = [

@@ -17,7 +17,7 @@ from test_train import LIMIT, SERVER, TURNS, assert_same_run, history, losses, o
 from test_train import one_process as one_process
 from test_train import world as world
 
-from modeling_mmgpt import modeling_mmgpt
+from modeling_mmgpt import base_model_mmgpt
 from modeling_mmgpt.adapters_mmgpt import lora_config
 from modeling_mmgpt.training.latents import frozen_encoder
 from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, load_instruction_dataset
@@ -47,13 +47,13 @@ def watch(cache: Path, shard: bool = False) -> None:
     """Use a cache of one's own, and print how many pictures the tower gets."""
     use_cache(cache)
     latent_tables.IMAGES_PER_BATCH = 1
-    tower = modeling_mmgpt.patch_tokens
+    tower = base_model_mmgpt.patch_tokens
 
     def watched(model, pixels):
         print(f"tower: {len(pixels)}", flush=True)
         return tower(model, pixels)
 
-    modeling_mmgpt.patch_tokens = watched
+    base_model_mmgpt.patch_tokens = watched
     if shard:
         shard_on_cpus()
 

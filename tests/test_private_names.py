@@ -24,12 +24,7 @@ ALLOWED = {
     # Joining a tower and an LM: transformers would draw their weights anew.
     "_is_hf_initialized": "from_vision_text_pretrained",
     # Training.
-    "PREFIX_CHECKPOINT_DIR": "checkpoints",
-    "TRAINER_STATE_NAME": "checkpoints",
-    "_get_output_dir": "checkpoints",
-    "_save_checkpoint": "checkpoints",
     "get_last_checkpoint": "checkpoints",
-    "rotate_checkpoints": "checkpoints",
     "find_adapter_config_file": "train_sft.py, to go on with an adapter",
     # Publishing: which files are remote code is transformers' rule.
     "get_relative_import_files": "push_to_hub.py",

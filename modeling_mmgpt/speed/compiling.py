@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from ..base_model_mmgpt import MMGPTModel
 from ..conditioning_mmgpt import decoder_layers
-from ..modeling_mmgpt import MMGPTForConditionalGeneration, MMGPTModel
+from ..modeling_mmgpt import MMGPTForConditionalGeneration
 
 
 def fill_vocabulary(model: MMGPTForConditionalGeneration) -> None:

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..modeling_mmgpt import MMGPTModel
+from ..base_model_mmgpt import MMGPTModel
 
 
 # The way from pixels to latents, in whatever file it lies. Whoever changes what it computes counts up: latents that
