@@ -22,9 +22,9 @@ from tiny_world.scenes import SIDE
 from tiny_world.tokenizer import build_tokenizer
 from torch.utils.data import SequentialSampler
 from transformers import HfArgumentParser, LlamaConfig, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration, MMGPTVisionConfig
+from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint
 from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
 from processing_mmgpt.processing_mmgpt import add_control_tokens
 
@@ -125,8 +125,11 @@ def train(model, processor, phase: str, steps: int, learning_rate: float, args: 
     )
     documents = Documents(processor, args.seed, phase, steps * args.batch_size)
     collator = Collator(processor.tokenizer.pad_token_id)
-    trainer = DocumentTrainer(model=model, args=arguments, train_dataset=documents, data_collator=collator)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    callbacks = [WholeCheckpoints(arguments)]
+    trainer = DocumentTrainer(
+        model=model, args=arguments, train_dataset=documents, data_collator=collator, callbacks=callbacks
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
 
 
 def main() -> None:

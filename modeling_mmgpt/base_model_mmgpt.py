@@ -66,7 +66,8 @@ class MMGPTPreTrainedModel(PreTrainedModel):
         """Load an adapter as every model of transformers, and as `from_pretrained` does; one has to fit.
 
         Raises:
-            ValueError: If weights are missing, left over, of another shape or not finite; the first are named.
+            ValueError: If weights are missing, left over, of another shape or not finite, or if they would be lost, as
+                transformers 5.24 loses those of layers that are on the disk; the first are named.
         """
         kwargs["ignore_mismatched_sizes"] = True  # else they are an error that does not name them
         info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
@@ -78,7 +79,8 @@ class MMGPTPreTrainedModel(PreTrainedModel):
             "missing": {name for name in info.missing_keys if name in weights},
             "left over": info.unexpected_keys,
             "of another shape": {f"{name} {tuple(is_)}, {tuple(be)} here" for name, is_, be in info.mismatched_keys},
-            "not finite": {name for name, weight in weights.items() if not weight.isfinite().all()},
+            "lost, for their layers are on the disk": {name for name, weight in weights.items() if weight.is_meta},
+            "not finite": {name for name, w in weights.items() if not w.is_meta and not w.isfinite().all()},
         }
         wrong = [f"{len(names)} {what}, first {sorted(names)[:5]}" for what, names in wrong.items() if names]
         if wrong:

@@ -150,6 +150,21 @@ def test_an_adapter_that_does_not_fit_is_an_error_that_names_weights(make_model,
             door()
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("dora", "missing, first .*lora_magnitude_vector"), ("disk", "lost, .* on the disk, first .*lora_A")],
+)
+def test_an_adapter_that_transformers_loads_wrongly_is_an_error(make_model, tmp_path, how, said):
+    base, adapter = str(tmp_path / "base"), tmp_path / "adapter"
+    make_model().save_pretrained(base)
+    model = MMGPTForConditionalGeneration.from_pretrained(base)
+    get_peft_model(model, lora_config(model, use_dora=how == "dora")).save_pretrained(adapter)
+    places = {"model.vision_tower": "cpu", "model.resampler": "cpu", "model.text_model": "disk"}
+    options = {"device_map": places, "offload_folder": tmp_path / "disk"} if how == "disk" else {}
+    with pytest.raises(ValueError, match=said):
+        AutoModel.from_pretrained(adapter, **options)
+
+
 def test_an_adapter_of_another_base_is_an_error(make_model, tmp_path):
     small, large = (make_model(cross_attn_every_n_layers=n) for n in (2, 1))
     get_peft_model(large, lora_config(large)).save_pretrained(tmp_path)
