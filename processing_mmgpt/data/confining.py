@@ -2,14 +2,15 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from ..image_files_mmgpt import shorten
 from ..messages_mmgpt import Video
 
 
-# An absolute path, a drive, a step up; with either slash, since the file may come from another system.
-LEAVING = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")
+# Nothing, an absolute path, a drive, a step up; with either slash, since the file may come from another system.
+LEAVING = re.compile(r"^$|^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")
 
 
 def confine(image: Any, root: str | None) -> Any:
@@ -64,7 +65,13 @@ def confined(root: str, path: str) -> str:
         raise ValueError(f"A picture's path is no string: got {shorten(path)}")
     if LEAVING.search(path):
         raise ValueError(f"A picture's path leaves the image root: {shorten(path)}")
-    joined = os.path.join(root, path)
-    if not os.path.realpath(joined).startswith(os.path.join(os.path.realpath(root), "")):
-        raise ValueError(f"A picture's path leaves the image root: {shorten(path)} is a link to the outside")
-    return joined
+    joined = root
+    for name in Path(path).parts:  # below the root alone: to resolve all of the path would look at each folder above
+        joined = os.path.join(joined, name)
+        if os.path.islink(joined) and not _is_below(root, os.path.join(root, path)):
+            raise ValueError(f"A picture's path leaves the image root: {shorten(path)} is a link to the outside")
+    return os.path.join(root, path)
+
+
+def _is_below(root: str, path: str) -> bool:
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
