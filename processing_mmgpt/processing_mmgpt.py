@@ -225,7 +225,8 @@ class MMGPTProcessor(ProcessorMixin):
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         if unread := kwargs.keys() - variables(template):
             raise TypeError(
-                f"apply_chat_template does not take {sorted(unread)}, and the chat template reads no such variable."
+                f"apply_chat_template does not take {sorted(unread)}, and the chat template reads no such variable. "
+                "Settings of `generate` go there, in a pipeline as `generate_kwargs`."
             )
         if add_generation_prompt and continue_final_message:
             raise ValueError(
