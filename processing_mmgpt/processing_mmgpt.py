@@ -223,9 +223,10 @@ class MMGPTProcessor(ProcessorMixin):
                 f"{[*CHAT_OPTIONS, 'return_tensors']}."
             )
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        if unread := kwargs.keys() - variables(template):
+        if kwargs and (unread := kwargs.keys() - variables(template)):
             raise TypeError(
-                f"apply_chat_template does not take {sorted(unread)}, and the chat template reads no such variable."
+                f"apply_chat_template does not take {sorted(unread)}, and the chat template reads no such variable. "
+                "Settings of `generate` go there, in a pipeline as `generate_kwargs`."
             )
         if add_generation_prompt and continue_final_message:
             raise ValueError(
@@ -416,11 +417,19 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def variables(chat_template: str) -> set[str]:
-    """The variables that a chat template reads."""
-    from jinja2 import Environment, meta
+    """The variables that a chat template reads.
+
+    Raises:
+        ValueError: If it is no template.
+    """
+    from jinja2 import Environment, TemplateError, meta
 
     plain = GENERATION.sub("", chat_template)
-    return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateError as error:
+        raise ValueError(f"The chat template cannot be read: {error}") from error
+    return meta.find_undeclared_variables(tree)
 
 
 def as_tensors(rows: list[list[int]], kind: str | None) -> torch.Tensor | np.ndarray | list[list[int]]:

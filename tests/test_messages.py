@@ -69,6 +69,12 @@ def test_what_the_template_has_no_place_for_it_refuses(processor, messages):
         processor.tokenizer.apply_chat_template(messages, tokenize=False)
 
 
+@pytest.mark.parametrize("options", [{}, {"greeting": "hey"}])
+def test_a_broken_template_is_an_error_of_ours(processor, options):
+    with pytest.raises(ValueError, match="chat template cannot"):
+        processor.apply_chat_template([user("a")], chat_template="{% if %}{{ greeting }}", **options)
+
+
 # Control tokens
 
 

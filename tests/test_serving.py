@@ -216,6 +216,7 @@ REFUSED = {
     "temperature": ({"temperature": -1}, "temperature"),
     "no tokens": ({"max_tokens": 0}, "max_tokens"),
     "empty stop": ({"stop": [""]}, "stop"),
+    "picture between texts": ({"messages": [user(text_part("a"), picture_part(), text_part("b"))]}, "few-shot form"),
     "no messages": ({"messages": []}, "messages"),
     "role": ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, "role"),
     "reply to nothing": ({"messages": [{"role": "assistant", "content": "a"}]}, "Message 0"),

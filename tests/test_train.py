@@ -25,7 +25,14 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import evaluation
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    set_seed,
+)
 from trl import SFTConfig, TrlParser
 
 from modeling_mmgpt import MMGPTForConditionalGeneration
@@ -522,10 +529,9 @@ def test_of_a_document_the_text_behind_pictures_is_learnt(processor, draw, pictu
     assert batch["pixel_values"].shape[:2] == (1, len(pictures))
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.bars)])
-def test_stage_one_trains_what_is_new_and_nothing_else(
-    tmp_path, make_model, make_lm, base_tokenizer, picture, processes
-):
+@pytest.fixture
+def stage_one(tmp_path, make_model, make_lm, base_tokenizer, picture):
+    """Options of a short run of `train_base` on tiny parts in `tmp_path`."""
     lm = make_lm(make_model(text={"pad_token_id": None}))
     lm.resize_token_embeddings(258)
     for part in (lm, base_tokenizer):
@@ -541,8 +547,18 @@ def test_stage_one_trains_what_is_new_and_nothing_else(
     given = {"vision": tmp_path / "tower", "text": tmp_path / "lm", "data": tmp_path / "data.jsonl"}
     given |= {"output_dir": tmp_path / "base", "cross_attn_every_n_layers": 2, "max_steps": 3, "learning_rate": 1e-2}
     given |= {"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2, "weight_decay": 0.1}
+    return given
+
+
+def train_base_with(tmp_path, given, **how):
     arguments = [piece for key, value in given.items() for piece in (f"--{key}", str(value))]
-    run(tmp_path / "log", "train_base", *arguments, processes=processes)
+    run(tmp_path / "log", "train_base", *arguments, **how)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.bars)])
+def test_stage_one_trains_what_is_new_and_nothing_else(tmp_path, stage_one, processes):
+    train_base_with(tmp_path, stage_one, processes=processes)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "lm")
     processor = AutoProcessor.from_pretrained(tmp_path / "base")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     assert processor.image_token_id == model.config.image_token_id == 259
@@ -562,6 +578,14 @@ def test_stage_one_trains_what_is_new_and_nothing_else(
             assert torch.equal(weight, lm.state_dict()[name.replace("decoder_layer.", "")]), name
     for name, weight in model.model.vision_tower.state_dict().items():
         assert torch.equal(weight, fresh.model.vision_tower.state_dict()[name]), name
+
+
+def test_label_smoothing_smooths_the_labels_that_are_learnt(tmp_path, stage_one):
+    for factor in (0.0, 1e-6):
+        given = {"max_steps": 1, "logging_steps": 1, "save_steps": 1, "output_dir": tmp_path / str(factor)}
+        train_base_with(tmp_path, stage_one | given | {"label_smoothing_factor": factor})
+    plain, smoothed = (losses(tmp_path / str(factor))[0] for factor in (0.0, 1e-6))
+    assert abs(plain - smoothed) < 1e-3
 
 
 @pytest.mark.bars
