@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, GenerationConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
 
 from .image_processing_mmgpt import MMGPTImageProcessor
 from .messages_mmgpt import as_video, normalise, only_places, take_images
 from .rendering_mmgpt import GENERATION, EncodedChat, RenderedChat, encode, render
 
+
+logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
 END_OF_CHUNK_TOKEN = "<|endofchunk|>"
@@ -224,10 +227,13 @@ class MMGPTProcessor(ProcessorMixin):
             )
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         if kwargs and (unread := kwargs.keys() - variables(template)):
-            raise TypeError(
-                f"apply_chat_template does not take {sorted(unread)}, and the chat template reads no such variable. "
-                "Settings of `generate` go there, in a pipeline as `generate_kwargs`."
+            problem = (
+                f"apply_chat_template does not take {sorted(unread)}, and the chat template reads no such variable."
             )
+            if not unread <= GenerationConfig().to_dict().keys():
+                raise TypeError(problem)
+            # transformers' pipelines hand on what they are given: `pipe(..., do_sample=False)` comes here.
+            logger.warning(f"{problem} Settings of `generate` go there, in a pipeline as `generate_kwargs`.")
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt begins a response, continue_final_message goes on: give one of them."

@@ -555,8 +555,7 @@ def test_the_pipeline_answers_one_by_one_and_in_batches(model, processor, pictur
     options = {"max_new_tokens": NEW, "do_sample": False}
 
     def answers(chats, **kwargs):
-        replies = pipe(text=chats, **kwargs, generate_kwargs=options, return_full_text=False)
-        return [row[0]["generated_text"] for row in replies]
+        return [row[0]["generated_text"] for row in pipe(text=chats, **kwargs, **options, return_full_text=False)]
 
     expected = []
     for messages in chats:
@@ -566,8 +565,10 @@ def test_the_pipeline_answers_one_by_one_and_in_batches(model, processor, pictur
     assert len(set(expected)) == 3
     assert answers(chats) == expected
     assert answers(chats[:2], batch_size=2) == expected[:2]  # of different length: padded on the left
-    with pytest.raises(TypeError, match="do_sample.*generate_kwargs"):
-        pipe(text=chats[0], do_sample=True)
+    replies = pipe(text=chats, generate_kwargs=options, return_full_text=False)
+    assert [row[0]["generated_text"] for row in replies] == expected
+    with pytest.raises(TypeError, match="do_smaple"):
+        pipe(text=chats[0], do_smaple=True)
     with pytest.raises(ValueError, match="pixel_values"):
         answers(chats[1:], batch_size=2)  # transformers batches chats with pictures, or chats without
 
