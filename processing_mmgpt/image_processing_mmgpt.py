@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature
+from transformers import AutoConfig, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .image_files_mmgpt import ImageError, open_image
@@ -169,3 +169,30 @@ def _crop_centre(image: Image.Image, size: int) -> Image.Image:
     """As torchvision's `CenterCrop(size)`, which rounds the offset half to even."""
     left, top = (int(round((side - size) / 2.0)) for side in image.size)
     return image.crop((left, top, left + size, top + size))
+
+
+def image_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:
+    """Size, and where it is known mean and deviation, of the images that a tower was trained on.
+
+    Args:
+        vision: As for `MMGPTForConditionalGeneration.from_vision_text_pretrained`.
+        vision_config: Likewise.
+
+    Returns:
+        Arguments of [`MMGPTImageProcessor`].
+    """
+    if vision_config is None:
+        full = AutoConfig.from_pretrained(vision)
+        size = {"size": getattr(full, "vision_config", full).image_size}
+        try:
+            own, _ = BaseImageProcessor.get_image_processor_dict(vision)
+        except OSError:  # a tower saved without an image processor
+            return size
+        return {**size, "image_mean": own["image_mean"], "image_std": own["image_std"]}
+    if isinstance(vision_config, str):
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ImportError("Reading an open_clip model name needs `pip install open_clip_torch`.") from error
+        vision_config = open_clip.get_model_config(vision_config)
+    return {"size": vision_config.get("vision_cfg", vision_config)["image_size"]}

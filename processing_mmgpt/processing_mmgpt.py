@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, GenerationConfig, PreTrainedTokenizerBase
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import AutoTokenizer, BatchFeature, GenerationConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .image_processing_mmgpt import MMGPTImageProcessor
+from .image_processing_mmgpt import MMGPTImageProcessor, image_format
 from .messages_mmgpt import as_video, normalise, only_places, take_images
-from .rendering_mmgpt import GENERATION, EncodedChat, RenderedChat, encode, render
+from .rendering_mmgpt import EncodedChat, RenderedChat, encode, render, variables
 
 
 logger = logging.get_logger(__name__)
@@ -94,7 +93,7 @@ class MMGPTProcessor(ProcessorMixin):
             **kwargs: Arguments of [`MMGPTImageProcessor`], such as another `size`, mean and deviation; by default
                 those of the tower, where a folder of transformers says them, and else CLIP's.
         """
-        kwargs = {**_image_format(vision, vision_config), **kwargs}
+        kwargs = {**image_format(vision, vision_config), **kwargs}
         tokenizer = AutoTokenizer.from_pretrained(text)
         add_control_tokens(tokenizer)
         return cls(MMGPTImageProcessor(**kwargs), tokenizer)
@@ -422,22 +421,6 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
 
 
-def variables(chat_template: str) -> set[str]:
-    """The variables that a chat template reads.
-
-    Raises:
-        ValueError: If it is no template.
-    """
-    from jinja2 import Environment, TemplateError, meta
-
-    plain = GENERATION.sub("", chat_template)
-    try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    except TemplateError as error:
-        raise ValueError(f"The chat template cannot be read: {error}") from error
-    return meta.find_undeclared_variables(tree)
-
-
 def as_tensors(rows: list[list[int]], kind: str | None) -> torch.Tensor | np.ndarray | list[list[int]]:
     """Make rows of integers a `"pt"` tensor or `"np"` array, or leave them lists."""
     if kind is None:
@@ -457,22 +440,3 @@ def _kinds(given: Any) -> str:
     if not isinstance(given, list | tuple):
         return f"a {type(given).__name__}"
     return f"a {type(given).__name__} of {', '.join(sorted({type(one).__name__ for one in given}))}"
-
-
-def _image_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:
-    """Size, and where it is known mean and deviation, of the images that a tower was trained on."""
-    if vision_config is None:
-        full = AutoConfig.from_pretrained(vision)
-        size = {"size": getattr(full, "vision_config", full).image_size}
-        try:
-            own, _ = BaseImageProcessor.get_image_processor_dict(vision)
-        except OSError:  # a tower saved without an image processor
-            return size
-        return {**size, "image_mean": own["image_mean"], "image_std": own["image_std"]}
-    if isinstance(vision_config, str):
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ImportError("Reading an open_clip model name needs `pip install open_clip_torch`.") from error
-        vision_config = open_clip.get_model_config(vision_config)
-    return {"size": vision_config.get("vision_cfg", vision_config)["image_size"]}

@@ -97,6 +97,22 @@ def render(
     return _split(rendered, literals)
 
 
+def variables(chat_template: str) -> set[str]:
+    """The variables that a chat template reads.
+
+    Raises:
+        ValueError: If it is no template.
+    """
+    from jinja2 import Environment, TemplateError, meta
+
+    plain = GENERATION.sub("", chat_template)
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateError as error:
+        raise ValueError(f"The chat template cannot be read: {error}") from error
+    return meta.find_undeclared_variables(tree)
+
+
 def _mark(tag: re.Match) -> str:
     """Write where a response begins before the tag that says so, and where it ends behind the other.
 

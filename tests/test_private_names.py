@@ -24,12 +24,11 @@ ALLOWED = {
     # Joining a tower and an LM: transformers would draw their weights anew.
     "_is_hf_initialized": "from_vision_text_pretrained",
     # Training.
-    "get_last_checkpoint": "checkpoints",
     "find_adapter_config_file": "train_sft.py, to go on with an adapter",
     # Publishing: which files are remote code is transformers' rule.
     "get_relative_import_files": "push_to_hub.py",
-    # Templates with spans, for labels.
-    "render_jinja_template": "training",
+    # Templates.
+    "render_jinja_template": "the tiny world, to find the words of its template",
     # The server: transformers' own chat handler.
     "ChatCompletionHandler": "serve.py",
     "GenerateManager": "serve.py",
