@@ -189,6 +189,7 @@ class MMGPTProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         return_dict: bool = False,
         continue_final_message: bool = False,
+        load_audio_from_video: bool = False,
         processor_kwargs: dict | None = None,
         sanitize_control_tokens: bool = True,
         **kwargs,
@@ -204,6 +205,7 @@ class MMGPTProcessor(ProcessorMixin):
             return_tensors: `"pt"`, as is `"auto"`, `"np"`, or `None` for lists.
             return_dict: Return the whole batch, not `input_ids` alone.
             continue_final_message: Leave the last message open.
+            load_audio_from_video: Can only be false: the model hears nothing.
             processor_kwargs: `padding` as in a tokenizer, by default true; `padding_side`, by default `"left"` before
                 generation and `"right"` else; `pad_to_multiple_of`, `truncation` and `max_length` as in [`__call__`];
                 `images` for the image parts without a source, in order, for a batch a list each; `return_tensors`;
@@ -239,6 +241,8 @@ class MMGPTProcessor(ProcessorMixin):
             )
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True.")
+        if load_audio_from_video:
+            raise ValueError("load_audio_from_video can only be false: the model hears nothing.")
         if options["add_special_tokens"] or not sanitize_control_tokens:
             raise ValueError(
                 "The chat template writes the special tokens, and no text can: add_special_tokens can only be false, "

@@ -153,10 +153,11 @@ def _raise(error: str, name: str) -> ast.Expr:
 def hide(names: frozenset[str], cache: str) -> None:
     """Hide names from our files, and from copies of them in remote code, in all that is imported from now on."""
     sys.pycache_prefix = cache
+    ours = tuple(str(ROOT / source) for source in SOURCES)
     compile_source = importlib.machinery.SourceFileLoader.source_to_code
 
     def source_to_code(self, data, path, **kwargs):
-        if path.startswith(str(ROOT)) or "transformers_modules" in path:
+        if path.startswith(ours) or "transformers_modules" in path:
             data = ast.fix_missing_locations(Hider(names).visit(ast.parse(data)))
         return compile_source(self, data, path, **kwargs)
 

@@ -96,7 +96,7 @@ def test_two_processes_one_without_pictures_share_what_is_kept(tmp_path, world, 
     run(log, "train_sft", *given, "--cache_pictures", processes=2, config=config, prepare=prepare)
     assert seen(log, 0) + seen(log, 1) == 2 * (2 + 1) + 6 + 1  # the zero picture of rows without; and the black one
     assert losses(tmp_path / "out") == pytest.approx(losses(one_process), rel=1e-5)
-    assert norms(tmp_path / "out") == pytest.approx(norms(one_process), rel=1e-5)
+    assert norms(tmp_path / "out") == pytest.approx(norms(one_process), rel=1e-4)  # float32, another order of sums
 
 
 # What is kept, and what is made anew

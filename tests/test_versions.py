@@ -57,7 +57,12 @@ def test_every_page_installs_the_tested_set():
 def test_an_older_transformers_is_refused_by_name_and_the_floor_is_that_of_setup_cfg():
     (asked,) = {str(requirement.specifier) for requirement in requirements() if requirement.name == "transformers"}
     assert f">={OLDEST_TRANSFORMERS}" in asked.split(",")
-    code = "import transformers; transformers.__version__ = '5.23.1'; import modeling_mmgpt"
+    code = """
+import importlib
+from modeling_mmgpt import configuration_mmgpt
+configuration_mmgpt.transformers.__version__ = "5.23.1"
+importlib.reload(configuration_mmgpt)
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"ImportError: This model needs transformers {OLDEST_TRANSFORMERS} or newer, and 5.23.1" in done.stderr
