@@ -150,24 +150,25 @@ def _raise(error: str, name: str) -> ast.Expr:
     return ast.parse(f"(_ for _ in ()).throw({error}({f'{name} is hidden'!r}))").body[0]
 
 
-def hide(names: frozenset[str], cache: str) -> None:
+def hide(names: frozenset[str]) -> None:
     """Hide names from our files, and from copies of them in remote code, in all that is imported from now on."""
-    sys.pycache_prefix = cache
     ours = tuple(str(ROOT / source) for source in SOURCES)
-    compile_source = importlib.machinery.SourceFileLoader.source_to_code
+    get_code = importlib.machinery.SourceFileLoader.get_code
 
-    def source_to_code(self, data, path, **kwargs):
-        if path.startswith(ours) or "transformers_modules" in path:
-            data = ast.fix_missing_locations(Hider(names).visit(ast.parse(data)))
-        return compile_source(self, data, path, **kwargs)
+    def get_hidden_code(self, fullname):
+        path = self.get_filename(fullname)
+        if not path.startswith(ours) and "transformers_modules" not in path:
+            return get_code(self, fullname)
+        tree = Hider(names).visit(ast.parse(self.get_data(path)))
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
 
-    importlib.machinery.SourceFileLoader.source_to_code = source_to_code
+    importlib.machinery.SourceFileLoader.get_code = get_hidden_code
 
 
 def main() -> None:
-    """Print the ids that a folder generates, loaded with names hidden: by the packages, or without them if remote."""
-    names, cache, how, folder, picture = sys.argv[1:]
-    hide(frozenset(filter(None, names.split(","))), cache)
+    """Print the ids that folders generate, loaded with names hidden: by the packages, or without them if remote."""
+    names, how, picture, *folders = sys.argv[1:]
+    hide(frozenset(filter(None, names.split(","))))
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -176,12 +177,13 @@ def main() -> None:
         import processing_mmgpt  # noqa: F401
 
     options = {"trust_remote_code": how == "remote"}
-    processor = AutoProcessor.from_pretrained(folder, **options)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options)
     content = [{"type": "image", "path": picture}, {"type": "text", "text": "What is this?"}]
     messages = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
-    print("IDS", model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist())
+    for folder in folders:
+        processor = AutoProcessor.from_pretrained(folder, **options)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options)
+        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+        print("IDS", model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist())
 
 
 if __name__ == "__main__":

@@ -31,13 +31,16 @@ def run_benchmark(folder: Path, *options: str) -> dict:
     """Run the benchmark at the shape of the tiny base, and give what it wrote."""
     command = [sys.executable, "examples/measurements/benchmark.py", "--tiny", "--output-dir", str(folder), *options]
     subprocess.run(command, check=True, cwd=ROOT)
-    assert (folder / "benchmark.png").stat().st_size > 10_000
     return json.loads((folder / "benchmark.json").read_text())
 
 
-def check_settings_and_loops(result: dict) -> None:
-    """No request made the compiler start again, and every setting and loop was measured."""
+def check_requests(result: dict) -> None:
+    """No request made the compiler start again."""
     assert result["recompiles"]["recompiles"] == 0 and result["recompiles"]["requests"] == 50
+
+
+def check_settings_and_loops(result: dict) -> None:
+    """Every setting and loop was measured."""
     settings = {row["setting"] for row in result["decode"]["rows"] if row["model"] == "mmgpt"}
     assert settings == {"eager", "compiled", "theirs", "fused"}
     assert {row["setting"] for row in result["train"] if row["model"] == "mmgpt"} == {"plain", "fast", "lean"}
@@ -45,15 +48,16 @@ def check_settings_and_loops(result: dict) -> None:
     assert [row["loop"] for row in result["mixture"]] == loops
 
 
-def test_the_benchmark_runs_and_nothing_is_compiled_anew(tmp_path):
+def test_nothing_is_compiled_anew(tmp_path):
     """On a CPU: 50 requests of random length and number of pictures."""
-    parts = ("decode", "recompiles", "train", "mixture")
-    check_settings_and_loops(run_benchmark(tmp_path, "--kinds", "mmgpt", "--parts", *parts))
+    check_requests(run_benchmark(tmp_path, "--kinds", "mmgpt", "--parts", "recompiles"))
 
 
 @pytest.mark.bars
 def test_the_whole_benchmark_beside_its_peers(tmp_path):
     result = run_benchmark(tmp_path)
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    check_requests(result)
     check_settings_and_loops(result)
     assert all(same for name, same in result["agreement"].items() if name.startswith("same tokens"))
     speeds = {
