@@ -21,12 +21,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from modeling_mmgpt.adapters_mmgpt import check_adapter, lora_config, quantization_config, show_head_bias
+from modeling_mmgpt.adapters_mmgpt import base_of, lora_config, quantization_config, show_head_bias
 from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
 from modeling_mmgpt.training.latents import frozen_encoder
@@ -86,18 +85,15 @@ def split_data(script: ScriptArguments, config: SFTConfig) -> tuple[Dataset | It
 
 def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
     """Load the base, or an adapter over its base, to be trained further."""
-    path, base = script.model_name_or_path, script.model_name_or_path
-    is_adapter = find_adapter_config_file(path) is not None
-    if is_adapter:
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path
-        check_adapter(path, AutoConfig.from_pretrained(base))
+    path = script.model_name_or_path
+    base = base_of(path)
     quantization = quantization_config() if script.load_in_4bit else None
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", quantization_config=quantization)
+    model = AutoModelForImageTextToText.from_pretrained(base or path, dtype="auto", quantization_config=quantization)
     if script.fill_vocabulary:
         fill_vocabulary(model)
     if script.compile_layers:
         compile_parts(model)
-    return PeftModel.from_pretrained(model, path, is_trainable=True) if is_adapter else model
+    return PeftModel.from_pretrained(model, path, is_trainable=True) if base else model
 
 
 def cache_pictures(trainer: Trainer) -> None:

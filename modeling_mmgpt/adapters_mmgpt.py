@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft.utils import TrainableTokensWrapper, load_peft_weights
 from torch import nn
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from .conditioning_mmgpt import decoder_layers
@@ -93,6 +93,38 @@ def new_token_rows(model: MMGPTForConditionalGeneration) -> dict[str, list[int]]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [embedding] if head.weight is embedding.weight else [embedding, head]
     return {name: rows for name, module in model.named_modules() if module in modules}
+
+
+def base_of(path: str | os.PathLike) -> str | None:
+    """Name the base of an adapter that is to be tuned on, after a look whether it fits; `None` for a whole model.
+
+    Args:
+        path: Folder or Hub id of an adapter or of a whole model.
+
+    Raises:
+        ValueError: If the adapter does not fit its base, see [`check_adapter`].
+    """
+    try:
+        base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    except ValueError:  # PEFT's word for no adapter; what is wrong with a whole model, its loading says
+        return None
+    check_adapter(path, AutoConfig.from_pretrained(base))
+    return base
+
+
+def load_for_tuning(path: str | os.PathLike, **kwargs) -> PreTrainedModel | peft.PeftModel:
+    """Load a whole model, or an adapter over its base, to be trained further.
+
+    Args:
+        path: Folder or Hub id.
+        **kwargs: Arguments of `from_pretrained` for the base.
+
+    Raises:
+        ValueError: If the adapter does not fit its base.
+    """
+    base = base_of(path)
+    model = MMGPTForConditionalGeneration.from_pretrained(base or path, **kwargs)
+    return peft.PeftModel.from_pretrained(model, path, is_trainable=True) if base else model
 
 
 def check_adapter(adapter: str | os.PathLike, config: MMGPTConfig) -> None:

@@ -23,8 +23,6 @@ ALLOWED = {
     "_tied_weights_keys": "PEFT's way to follow a tie",
     # Joining a tower and an LM: transformers would draw their weights anew.
     "_is_hf_initialized": "from_vision_text_pretrained",
-    # Training.
-    "find_adapter_config_file": "train_sft.py, to go on with an adapter",
     # Publishing: which files are remote code is transformers' rule.
     "get_relative_import_files": "push_to_hub.py",
     # Templates.
