@@ -1,0 +1,121 @@
+"""Rewards and preferences: `train_grpo.py` and `train_dpo.py`, by TRL's own trainers."""
+
+import json
+import random
+import re
+import shutil
+
+import pytest
+import train_dpo
+import train_grpo
+from conftest import BASE
+from preference import in_place, nearly_right
+from safetensors.torch import load_file
+from test_examples import ROOT, run
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+def records(folder, *numbers, **more):
+    """Some of the example records in a file beside their pictures, each with more fields."""
+    shutil.copytree(ROOT / "examples" / "records", folder)
+    path = folder / "records.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(rows[number] | more) + "\n" for number in numbers))
+    return path, [rows[number] for number in numbers]
+
+
+def tune(program, data, output_dir, *options):
+    """Run one step; gives what the program says, and the adapter's matrices that begin with zeros."""
+    done = run(
+        *(f"examples/{program}.py", "--model_name_or_path", BASE, "--data", data, "--output_dir", output_dir),
+        *("--max_steps", 1, "--logging_steps", 1, "--report_to", "none", "--save_strategy", "no", *options),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    AutoProcessor.from_pretrained(output_dir)
+    AutoModelForImageTextToText.from_pretrained(output_dir)
+    weights = load_file(output_dir / "adapter_model.safetensors")
+    return done.stdout, [weight for name, weight in weights.items() if "lora_B" in name]
+
+
+# GRPO
+
+
+def test_prompts_of_any_length_with_two_pictures_and_without_are_replied_to_and_learnt_from(tmp_path):
+    """A prompt is as long as by itself: no padding is taken for text."""
+    data, rows = records(tmp_path / "records", 3, 5)
+    reward = tmp_path / "reward.py"
+    reward.write_text("def first(completions, **kw):\n    return [float(i % 2) for i in range(len(completions))]\n")
+    options = ["--per_device_train_batch_size", 4, "--num_generations", 2, "--max_completion_length", 1]
+    said, learnt = tune("train_grpo", data, tmp_path / "out", *options, "--reward", f"{reward}:first")
+    processor = AutoProcessor.from_pretrained(BASE)
+    prompts = [
+        processor.apply_chat_template(
+            row["messages"][:-1],
+            images=[str(tmp_path / "records" / name) for name in row["images"]],
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+        )["input_ids"]
+        for row in rows
+    ]
+    lengths = [ids.shape[1] for ids in prompts]
+    assert lengths[0] != lengths[1]
+    assert re.search(r"'num_tokens': '([\d.e+]+)'", said)[1] == str(2 * sum(lengths) + 4)
+    assert all(weight.any() for weight in learnt)
+
+
+def test_a_reward_of_ones_own_is_found_or_named(tmp_path):
+    (tmp_path / "mine.py").write_text("def one(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    assert train_grpo.find_reward(f"{tmp_path}/mine.py:one")([None, None]) == [1.0, 1.0]
+    assert train_grpo.find_reward("exact") is train_grpo.exact
+    for name in (f"{tmp_path}/mine.py:two", f"{tmp_path}/none.py:one", "one"):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            train_grpo.find_reward(name)
+
+
+def test_streamed_prompts_are_refused(tmp_path):
+    data, _ = records(tmp_path / "records", 5)
+    recipe = tmp_path / "mixture.yaml"
+    recipe.write_text(f"streaming: true\nsources:\n- {{name: a, reader: messages, files: {data}}}\n")
+    with pytest.raises(ValueError, match="streaming"):
+        train_grpo.prompts(recipe, 0)
+
+
+def test_rewards_are_those_of_the_words():
+    def reply(text):
+        return [{"role": "assistant", "content": text}]
+
+    assert train_grpo.exact([reply(" red\n"), reply("blue")], ["red", "red"]) == [1.0, 0.0]
+    assert in_place([reply("a, b"), reply("a, c"), reply("b"), reply("a, b, c")], ["a, b"] * 4) == [1, 0.25, 0, 1 / 3]
+
+
+# DPO
+
+
+def test_preferences_about_pictures_and_text_are_learnt(tmp_path):
+    data, _ = records(tmp_path / "records", 0, 3, 5, rejected="something else")
+    said, learnt = tune("train_dpo", data, tmp_path / "out", "--per_device_train_batch_size", 3)
+    assert "rewards/margins" in said and all(weight.any() for weight in learnt)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"rejected": None}, "'rejected' is missing"),
+        ({"rejected": 3, "images": []}, "line 1"),
+        ({"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}, "line 1"),
+        ({"rejected": "x", "images": ["../secret.png"]}, "leaves the image root"),
+    ],
+)
+def test_a_pair_that_cannot_be_read_is_named_with_its_line(tmp_path, change, problem):
+    data, _ = records(tmp_path / "records", 0, **change)
+    with pytest.raises(ValueError, match=problem) as error:
+        train_dpo.read_pairs(data)
+    assert "line 1" in str(error.value)
+
+
+def test_a_nearly_right_caption_differs_in_one_word():
+    right = "large blue cross at top-right, small purple square at left"
+    for seed in range(40):
+        wrong = nearly_right(right, random.Random(seed))
+        assert sum(a != b for a, b in zip(right.split(), wrong.split(), strict=True)) == 1
