@@ -119,6 +119,7 @@ def text_loss(model, processor, rows: list[dict], batch_size: int) -> float:
     collate, total, count = MMGPTCollator(processor), 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = {key: value.to(model.device) for key, value in collate(rows[start : start + batch_size]).items()}
+        batch["input_ids"] *= batch["attention_mask"]  # padding may be no token of the bare LM
         learnt = int((batch["labels"][:, 1:] != -100).sum())
         total += float(model(**batch).loss) * learnt
         count += learnt

@@ -63,7 +63,7 @@ class FiniteSteps:
         }
         found = (
             f"step {self.state.global_step + 1}: gradients are not finite in {len(wrong)} of {len(gradients)} "
-            f"tensors, first {wrong[:5]}; the loss is {loss.item():.4g}"
+            f"tensors, first {wrong[:3]}, last {wrong[-1]}; the loss is {loss.item():.4g}"
         )
         for key, numbers in rows.items():
             found += f"; {key} of the last batch is not finite in the rows {numbers}"
@@ -78,9 +78,9 @@ class FiniteSteps:
         if self.skipped_in_a_row >= self.patience:
             raise FloatingPointError(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last of them {found}. The weights are "
-                "those before them. If the loss is finite, it is the way back that fails: lower the learning rates, train "
-                "without --bf16, or with another attention (--attn_implementation eager). If it is not, look at the "
-                "rows of these steps and at the weights that the run began with."
+                "those before them. If the loss is finite, it is the way back that fails: lower the learning rates, "
+                "train without --bf16, or with another attention (--attn_implementation eager). If it is not, look "
+                "at the rows of these steps and at the weights that the run began with."
             )
 
 
