@@ -9,7 +9,7 @@ import pytest
 import torch
 import train_base
 from PIL import Image
-from real_pictures import baselines, evaluate, make_data, own_answers
+from real_pictures import baselines, evaluate, make_data, own_answers, show_answers
 from real_pictures.compositions import LEFT, RIGHT, TABLES, WHOLE, Stamp, Studio, load_photos, load_stamps
 from real_pictures.questions import Questions
 from transformers import (
@@ -110,6 +110,8 @@ def test_from_cut_outs_to_scores(sources, tables, parts, tmp_path, monkeypatch, 
     names = result["scores"]["names"]
     assert {"as they are", "blank", "swapped", "prior", "1-NN, class token", "LR, mean of patches"} <= names.keys()
     assert names["as they are"]["n"] == 8 and result["scores"]["yes or no"]["prior"]["share"] == 0.5
+    call(monkeypatch, show_answers, out / "answers.jsonl", "--data", pool, "--output", tmp_path / "answers.png")
+    assert Image.open(tmp_path / "answers.png").width > 1000
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert all(row["said"].keys() == {"as they are", "blank", "swapped"} for row in answers)
     assert "| names | 8 |" in capsys.readouterr().out
