@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 from modeling_mmgpt.adapters_mmgpt import base_of, lora_config, quantization_config, show_head_bias
 from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
+from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
 from modeling_mmgpt.training.latents import frozen_encoder
 from modeling_mmgpt.training.weights import decayed_weights
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
@@ -50,6 +51,7 @@ class ScriptArguments:
     lora_alpha: int = 16
     language_mlp: bool = field(default=False, metadata={"help": "adapt the LM's feed-forward as well"})
     new_tokens: bool = field(default=False, metadata={"help": "train the rows of <image> and <|endofchunk|>"})
+    dtype: str = field(default="auto", metadata={"help": "of the base, such as float32; auto as it was saved"})
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the base in 4 bits, by bitsandbytes"})
     cache_pictures: bool = field(
         default=False, metadata={"help": "encode each picture once, before training: faster epochs, takes disk"}
@@ -61,7 +63,7 @@ class ScriptArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint, if there is one"})
 
 
-class Trainer(SFTTrainer):
+class Trainer(FiniteSteps, SFTTrainer):
     """TRL's Trainer with the decay of the reference."""
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -88,7 +90,9 @@ def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
     path = script.model_name_or_path
     base = base_of(path)
     quantization = quantization_config() if script.load_in_4bit else None
-    model = AutoModelForImageTextToText.from_pretrained(base or path, dtype="auto", quantization_config=quantization)
+    model = AutoModelForImageTextToText.from_pretrained(
+        base or path, dtype=script.dtype, quantization_config=quantization
+    )
     if script.fill_vocabulary:
         fill_vocabulary(model)
     if script.compile_layers:
@@ -113,6 +117,7 @@ def tune(script: ScriptArguments, config: SFTConfig) -> None:
     """Load, tune, save adapter and processor."""
     data, held_out = split_data(script, config)
     model = load_model(script)
+    avoid_cudnn_attention()
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
     peft_config = None
     if not isinstance(model, PeftModel):
@@ -163,6 +168,7 @@ def main() -> None:
     """Read the options, and have the output folder alone while tuning."""
     parser = TrlParser((ScriptArguments, SFTConfig))
     parser.set_defaults(bf16=torch.cuda.is_available())  # TRL's default is true, which a CPU refuses
+    parser.set_defaults(logging_nan_inf_filter=False)  # it would log another loss in place of one that is not finite
     script, config = parser.parse_args_and_config()
     with one_run(config.output_dir):
         tune(script, config)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .base_model_mmgpt import Images, MMGPTModel, MMGPTPreTrainedModel
@@ -21,6 +21,8 @@ from .configuration_mmgpt import MMGPTConfig, MMGPTVisionConfig
 from .generation_mmgpt import MMGPTGenerationMixin, drop_stale_suppression, suppress_images
 from .vision_mmgpt import load_vision_tower
 
+
+logger = logging.get_logger(__name__)
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -174,7 +176,8 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
                 `MMGPTProcessor.from_vision_text_pretrained` makes. The embeddings grow to hold them.
             end_of_chunk_token_id: Id of `<|endofchunk|>`.
             pad_token_id: Id of the padding token; by default that of the LM.
-            dtype: Data type of all weights; by default that of the LM.
+            dtype: Data type of all weights; by default that of the LM. To train the new parts, give float32: a step of
+                1e-4 vanishes in half precision.
             **config: Other fields of [`MMGPTConfig`].
 
         Raises:
@@ -192,6 +195,11 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         rows = 1 + max(image_token_id, end_of_chunk_token_id, pad_token_id or 0)
         if rows > text_model.get_input_embeddings().num_embeddings:
             text_model.resize_token_embeddings(rows)
+        if dtype is None and text_model.dtype != torch.float32:
+            logger.warning(
+                f"The new parts are {text_model.dtype}, as the LM, and steps of training vanish in it. To train them, "
+                "give dtype=torch.float32, and do the arithmetic in half precision (`--bf16`)."
+            )
         dtype = dtype or text_model.dtype
         with _default_dtype(dtype):  # new parts made in float32 would double the peak of a half model
             tower, vision_config = load_vision_tower(vision, vision_config)

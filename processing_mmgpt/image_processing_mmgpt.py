@@ -174,6 +174,8 @@ def _crop_centre(image: Image.Image, size: int) -> Image.Image:
 def image_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:
     """Size, and where it is known mean and deviation, of the images that a tower was trained on.
 
+    A folder of transformers says them in its `preprocessor_config.json`; of one without, the config says the size.
+
     Args:
         vision: As for `MMGPTForConditionalGeneration.from_vision_text_pretrained`.
         vision_config: Likewise.
@@ -188,7 +190,10 @@ def image_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any
             own, _ = BaseImageProcessor.get_image_processor_dict(vision)
         except OSError:  # a tower saved without an image processor
             return size
-        return {**size, "image_mean": own["image_mean"], "image_std": own["image_std"]}
+        sizes = own.get("crop_size") or own.get("size") or size["size"]  # a number, or by the names of its sides
+        if isinstance(sizes, dict):
+            sizes = sizes.get("height") or sizes.get("shortest_edge")
+        return {"size": sizes, "image_mean": own["image_mean"], "image_std": own["image_std"]}
     if isinstance(vision_config, str):
         try:
             import open_clip

@@ -303,9 +303,10 @@ class MMGPTProcessor(ProcessorMixin):
         reply_mask = (is_end - (reply == end).long() == 0).long()  # up to the end token, without the padding behind
         rows, new_images = [], []
         for ended, messages, given in zip(is_end[:, -1].tolist(), conversations, images, strict=True):
-            # An empty system message leaves out the preamble.
-            turn = self.encode_chat([{"role": "system", "content": ""}, *messages], given, add_generation_prompt=True)
-            ids = turn.input_ids[1 if self.tokenizer.bos_token else 0 :]
+            # Behind an exchange, so that it is written as a turn that follows one, whatever the template.
+            before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            turn = self.encode_chat([*before, *messages], given, add_generation_prompt=True)
+            ids = turn.input_ids[turn.ends[0] :]
             rows.append(ids if ended else [end, *ids])
             new_images.append(turn.images)
         batch = self.batch(rows, new_images, padding=True, padding_side="left")

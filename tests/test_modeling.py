@@ -1,17 +1,21 @@
 """The model: what a picture may change and what it may not, errors, weights in and out of files."""
 
 import copy
+import json
 import pickle
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -522,6 +526,46 @@ def test_a_tower_and_an_lm_are_joined(lm_folder, open_clip_model, ids, pixels, t
     again = MMGPTForConditionalGeneration.from_pretrained(tmp_path / "joined")
     assert difference(logits(again, batch, pixel_values=given), ours) == 0.0
     assert again.generation_config.pad_token_id == 260 and again.generation_config.suppress_tokens == [259]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}},
+        {"size": {"height": 16, "width": 16}},
+        {"size": {"shortest_edge": 16}},
+        {"size": 16},
+    ],
+)
+def test_pictures_have_the_size_that_the_towers_preprocessor_says(lm_folder, tmp_path, sizes):
+    """DINOv2's config says 518, its preprocessor 224: it takes both, by interpolation."""
+    config = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**config)).save_pretrained(tmp_path / "tower")
+    kept = {"image_processor_type": "BitImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, **sizes}
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(kept))
+    processor = MMGPTProcessor.from_vision_text_pretrained(str(tmp_path / "tower"), lm_folder)
+    assert processor.image_processor.size == 16
+    model = MMGPTForConditionalGeneration.from_vision_text_pretrained(
+        str(tmp_path / "tower"), lm_folder, cross_attn_every_n_layers=2
+    )
+    seen = []
+    model.model.resampler.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(**processor("<image>a", [Image.new("RGB", (30, 20))]))
+    assert seen[0].shape == (1, 1, 1, 4, 16)
+
+
+def test_new_parts_in_half_precision_are_warned_of(lm_folder, open_clip_model, monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_mmgpt.modeling_mmgpt.logger.warning", said.append)
+    clip, model_config = open_clip_model
+    AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.bfloat16).save_pretrained(lm_folder)
+    given = {"vision_config": model_config, "cross_attn_every_n_layers": 2}
+    for dtype in (torch.float32, torch.bfloat16):  # whoever names it knows it
+        MMGPTForConditionalGeneration.from_vision_text_pretrained(clip.state_dict(), lm_folder, dtype=dtype, **given)
+    assert not said
+    model = MMGPTForConditionalGeneration.from_vision_text_pretrained(clip.state_dict(), lm_folder, **given)
+    assert model.model.resampler.latents.dtype == torch.bfloat16
+    assert len(said) == 1 and "dtype=torch.float32" in said[0]
 
 
 @pytest.mark.parametrize(

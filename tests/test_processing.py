@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_mmgpt import MMGPTForConditionalGeneration
-from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
+from processing_mmgpt import MMGPTCollator, MMGPTImageProcessor, MMGPTProcessor
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -136,6 +136,48 @@ def test_a_tokenizer_without_bos_gets_none(base_tokenizer):
     )
     processor = MMGPTProcessor(MMGPTImageProcessor(size=24), base_tokenizer)
     assert processor.apply_chat_template([SYSTEM, user("hi")]) == "P\n\n### Instruction:\nhi"
+
+
+SMOLLM2 = Path(__file__).parents[1] / "examples" / "recipes" / "smollm2.jinja"
+
+
+@pytest.fixture
+def smollm2(base_tokenizer):
+    """A processor with the marks of SmolLM2, whose BOS opens every turn, and its template with pictures."""
+    base_tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
+    base_tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
+    base_tokenizer.pad_token = "<|im_end|>"
+    return MMGPTProcessor(MMGPTImageProcessor(size=24), base_tokenizer, SMOLLM2.read_text())
+
+
+def test_a_template_of_another_family_marks_what_is_learnt(smollm2, picture):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Sure? <|im_end|>"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    batch = MMGPTCollator(smollm2, max_length=300)([{"messages": messages, "images": [picture(0)]}])
+    decode = smollm2.tokenizer.decode
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    asked = "<|im_start|>user\n<image>What?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
+    again = "<|im_start|>user\nSure? <|im_end|><|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>"
+    assert decode(batch["input_ids"][0]) == system + asked + again
+    assert decode(batch["input_ids"][0][batch["labels"][0] != -100]) == "A cat.<|im_end|>Yes.<|im_end|>"
+    ends = (batch["input_ids"] == smollm2.tokenizer.eos_token_id).sum()
+    assert ends == 5  # that of the question's text is text
+
+
+def test_a_chat_goes_on_as_if_it_were_rendered_whole(smollm2, processor):
+    for one in (smollm2, processor):
+        first = [{"role": "user", "content": "a"}]
+        reply, second = {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}
+        start = one.encode_chat(first, add_generation_prompt=True).input_ids
+        answered = one.encode_chat([*first, reply])
+        sequences = torch.tensor([answered.input_ids[: answered.ends[0]]])
+        batch = one.continue_chat(sequences, torch.ones(1, len(start), dtype=torch.long), [[second]])
+        whole = one.encode_chat([*first, reply, second], add_generation_prompt=True).input_ids
+        assert batch["input_ids"][0].tolist() == whole
 
 
 @pytest.mark.parametrize("texts", [["<s>a"], ["a"], ["a", "b"], ["<s>a", "<s>b"], ["<s>a", "b"], ["a", "<s>b"]])

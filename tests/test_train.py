@@ -31,6 +31,7 @@ from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    TrainingArguments,
     set_seed,
 )
 from trl import SFTConfig, TrlParser
@@ -399,6 +400,20 @@ def test_decay_is_for_the_matrices_of_the_gated_blocks(make_model):
         assert ".gated_cross_attn_layer." in name and model.get_parameter(name).dim() == 2
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trained & set(decayed_weights(adapted)) == {name for name in trained if ".gated_cross_attn_layer." in name}
+
+
+def test_gates_have_a_learning_rate_of_their_own(make_model, tmp_path):
+    model = make_model()
+    given = {"learning_rate": 1e-4, "weight_decay": 0.1, "use_cpu": True, "report_to": "none"}
+    trainer = train_base.BaseTrainer(model, TrainingArguments(tmp_path, **given))
+    trainer.gate_learning_rate = 1e-2
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_gate = name.endswith("_gate")
+        decay = 0.1 if name in decayed_weights(model) else 0.0
+        assert rates[id(parameter)] == ((1e-2, 0.0) if is_gate else (1e-4, decay)), name
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("packed", [False, True])

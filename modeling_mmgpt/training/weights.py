@@ -25,6 +25,16 @@ def decayed_weights(model: nn.Module) -> list[str]:
     return names
 
 
+def gates(model: nn.Module) -> list[nn.Parameter]:
+    """The gates of the blocks, two each.
+
+    Args:
+        model: The model, bare or with an adapter.
+    """
+    blocks = [block for block in model.modules() if isinstance(block, MMGPTGatedCrossAttentionBlock)]
+    return [gate for block in blocks for gate in (block.attn_gate, block.ff_gate)]
+
+
 def keep_rows(parameter: nn.Parameter, rows: list[int]) -> None:
     """Zero the gradient of an embedding, or a head, outside some rows; sharded or not, in place."""
     if parameter.grad is None:
