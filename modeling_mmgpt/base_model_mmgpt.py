@@ -346,7 +346,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         Raises:
             ValueError: If the pictures have another shape or size, or are of another number of rows.
         """
-        _check_pixels(pixel_values, self.config.vision_config.image_size, image_numbers)
+        check_pixels(pixel_values, self.config.vision_config.image_size, image_numbers)
         if pixel_values.dim() == 5:
             pixel_values = pixel_values[:, :, None]
         if image_numbers is None:
@@ -368,7 +368,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         return self.resampler(tokens.unflatten(0, pixel_values.shape[:3]), num_frames, places)
 
 
-def _check_pixels(pixel_values: torch.Tensor, size: int, image_numbers: torch.Tensor | None) -> None:
+def check_pixels(pixel_values: torch.Tensor, size: int, image_numbers: torch.Tensor | None) -> None:
     """Raise unless pictures have a shape and size that the tower takes, and are of as many rows as the text."""
     shape = tuple(pixel_values.shape)
     if len(shape) not in (5, 6) or shape[-3] != 3:
