@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import nn
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from ..base_model_mmgpt import check_pixels
 from ..conditioning_mmgpt import decoder_layers
@@ -51,6 +51,19 @@ class Picture(NamedTuple):
     place: int  # of its `<image>` in the prompt
     number: int  # in its request, from 1
     pixels: torch.Tensor  # (F, 3, height, width)
+
+
+class KeysValues(NamedTuple):
+    """What a gated block attends to, each `(1, H, S * N, head_dim)`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Layers(NamedTuple):
+    """In the place of a cache."""
+
+    layers: list[KeysValues]
 
 
 def attended_slots(
@@ -107,9 +120,8 @@ class PicturePool:
         self.num_latents, sizes = config.resampler["num_latents"], config.cross_attention
         shape = (1, sizes["num_heads"], (1 + num_slots) * self.num_latents, sizes["head_dim"])
         latents = model.resampler.latents
-        self.cache = DynamicCache()
-        for number in range(len(self.blocks)):
-            self.cache.update(latents.new_zeros(shape), latents.new_zeros(shape), number)
+        self.layers = [KeysValues(latents.new_zeros(shape), latents.new_zeros(shape)) for _ in self.blocks]
+        self.chosen: tuple[torch.Tensor, Layers] | None = None
         self.slots: OrderedDict[Any, int] = OrderedDict((slot, slot) for slot in range(1, 1 + num_slots))
         self.asked = self.encoded = 0  # pictures of all requests, and those that were not there yet
 
@@ -142,30 +154,39 @@ class PicturePool:
         by_frames: dict[int, list[Picture]] = {}
         for picture in pictures:
             by_frames.setdefault(len(picture.pixels), []).append(picture)
-        device = self.cache.layers[0].keys.device
+        device, self.chosen = self.layers[0].keys.device, None
         for alike in by_frames.values():
             pixels = torch.stack([picture.pixels for picture in alike])[None].to(device)  # (1, M, F, 3, height, width)
             numbers = torch.tensor([[picture.number for picture in alike]], device=device)
             latents = self.model.encode_images(pixels, None, numbers)  # (1, M, N, D)
             slots = torch.tensor([self.slots[picture.key] for picture in alike], device=device)
-            for block, layer in zip(self.blocks, self.cache.layers, strict=True):
-                for new, held in zip(block.attn.keys_values(latents), (layer.keys, layer.values), strict=True):
+            for block, layer in zip(self.blocks, self.layers, strict=True):
+                for new, held in zip(block.attn.keys_values(latents), layer, strict=True):
                     new, held = (x.unflatten(2, (-1, self.num_latents)) for x in (new, held))  # (1, H, M or S, N, _)
                     held[0, :, slots] = new[0]
         if device.type != "cpu":  # the engine has a stream of its own
             torch.accelerator.current_stream(device).synchronize()
 
-    def condition(self, numbers: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor) -> Conditioning:
-        """What the gated blocks get in a step.
+    def condition(
+        self, numbers: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor, is_static: bool
+    ) -> Conditioning | None:
+        """What the gated blocks get in a step; `None` without any picture.
 
         Args:
             numbers: `(2 * M, R)`, places and slots of the pictures of each request.
             ends: `(R,)`, as for [`attended_slots`].
             positions: `(T,)`, as for [`attended_slots`].
+            is_static: Whether every step has to have the same shapes, and so all slots, not only those of its requests.
         """
         places, slots = numbers.chunk(2)
+        layers, num_slots = Layers(self.layers), 1 + len(self.slots)
+        if not is_static:
+            used = torch.cat([slots.new_zeros(1), slots.flatten()]).unique()
+            if len(used) == 1:
+                return None
+            layers, slots, num_slots = self.choose(used), torch.searchsorted(used, slots.contiguous()), len(used)
         mode = self.model.config.media_attention
-        seen, has_images = attended_slots(places, slots, ends, positions, mode, 1 + len(self.slots))
+        seen, has_images = attended_slots(places, slots, ends, positions, mode, num_slots)
         attends = seen.any(dim=1)
         seen = torch.cat([~attends[:, None], seen[:, 1:]], dim=1)
         return Conditioning(
@@ -173,9 +194,19 @@ class PicturePool:
             attends=attends[None, :, None],
             has_images=has_images[None, :, None],
             mask=seen.repeat_interleave(self.num_latents, dim=1)[None, None],
-            cache=self.cache,
+            cache=layers,
             record=Record(),
         )
+
+    def choose(self, used: torch.Tensor) -> Layers:
+        """Keys and values of these slots alone; most steps have those of the step before."""
+        if self.chosen is None or not torch.equal(self.chosen[0], used):
+            of_slots = [
+                [x.unflatten(2, (-1, self.num_latents))[:, :, used].flatten(2, 3) for x in layer]
+                for layer in self.layers
+            ]
+            self.chosen = used, Layers([KeysValues(*layer) for layer in of_slots])
+        return self.chosen[1]
 
 
 class RequestNumbers:
@@ -336,6 +367,9 @@ class BatchingEngine:
         self.manager = build_manager(text_model, config, do_sample)
         self.pool = PicturePool(model.model, num_slots)
         suppressed = torch.tensor(suppressed, dtype=torch.long, device=text_model.device)
+        resolved = self.manager.continuous_batching_config
+        compiled = (resolved.varlen_compile_config, resolved.decode_compile_config)
+        self.is_static = any(resolved.cuda_graph_booleans) or compiled != (None, None)
         self.manager.logit_processor = RequestNumbers(max_pictures, do_sample, suppressed)
         self.status = self.manager.background_thread_status
         self.requests = Admission(self.manager.input_queue.maxsize, self._admit, self._is_stopping)
@@ -524,8 +558,9 @@ class BatchingEngine:
         if "logits_processor_args" not in kwargs:
             return None
         numbers = kwargs["logits_processor_args"][: 2 * self.max_pictures]
-        conditioning = self.pool.condition(numbers, kwargs["cu_seq_lens_q"][1:], kwargs["position_ids"][0])
-        return args, {**kwargs, "conditioning": conditioning}
+        ends, positions = kwargs["cu_seq_lens_q"][1:], kwargs["position_ids"][0]
+        conditioning = self.pool.condition(numbers, ends, positions, self.is_static)
+        return args, kwargs if conditioning is None else {**kwargs, "conditioning": conditioning}
 
 
 def check_model(model: PreTrainedModel) -> None:
