@@ -6,207 +6,33 @@ of the LM makes what the gated blocks are handed. https://huggingface.co/docs/tr
 """
 
 import copy
-import hashlib
 import queue
-import struct
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import count
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from ..base_model_mmgpt import check_pixels
-from ..conditioning_mmgpt import decoder_layers
-from ..cross_attention_mmgpt import Conditioning, Record
 from ..generation_mmgpt import suppress_images
+from .picture_pool import PicturePool
+from .sampling import choose_by, sampling_numbers
 
+
+if TYPE_CHECKING:  # what this file needs of the engine is imported where it is used: a release may have moved it
+    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
 
 ENCODED_AT_ONCE = 16  # pictures; the requests under way wait for them
 HONOURED = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "max_length", "eos_token_id")
 HONOURED += ("num_return_sequences",)
-# Settings that change nothing at these values, and settings that change nothing here.
-NEUTRAL = {"num_beams": 1, "min_length": 0, "min_new_tokens": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-NEUTRAL |= {"typical_p": 1.0, "guidance_scale": 1.0}
-WITHOUT_EFFECT = (
-    "bos_token_id",
-    "pad_token_id",
-    "use_cache",
-    "length_penalty",
-    "early_stopping",
-    "transformers_version",
-)
-# What is used of transformers' manager beside its methods.
+WITHOUT_EFFECT = ("bos_token_id", "pad_token_id", "use_cache", "length_penalty", "transformers_version")
+OFF_AT_ONE = ("num_beams", "repetition_penalty", "typical_p", "guidance_scale")  # others are off where they are 0
+NUMBERS = ("pictures", "sampling")  # of a request that was let in
+# What is used of the manager beside its methods.
 ATTRIBUTES = ("background_thread_status", "batch_processor", "input_queue", "logit_processor", "output_router")
-
-
-class Picture(NamedTuple):
-    """A picture of a request that waits."""
-
-    key: tuple  # the same for pictures that can share a slot
-    place: int  # of its `<image>` in the prompt
-    number: int  # in its request, from 1
-    pixels: torch.Tensor  # (F, 3, height, width)
-
-
-class KeysValues(NamedTuple):
-    """What a gated block attends to, each `(1, H, S * N, head_dim)`."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-class Layers(NamedTuple):
-    """In the place of a cache."""
-
-    layers: list[KeysValues]
-
-
-def attended_slots(
-    places: torch.Tensor,
-    slots: torch.Tensor,
-    ends: torch.Tensor,
-    positions: torch.Tensor,
-    media_attention: str,
-    num_slots: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find out which slots each token of a packed row attends to: [`compute_image_index`] without counting along it.
-
-    All shapes are those of the arguments, and nothing is read by the host, so that a CUDA graph can hold it.
-
-    Args:
-        places: `(M, R)`, where in its request the `<image>` of each picture stands.
-        slots: `(M, R)`, the slot of each picture, from 1; 0 for none.
-        ends: `(R,)`, the token behind the last of each request.
-        positions: `(T,)`, how far into its request each token is.
-        media_attention: As in [`compute_image_index`].
-        num_slots: `S`, slot 0 among them.
-
-    Returns:
-        Bool `(T, S)`, true where attended, all false where to none; and bool `(T,)`, whether the request has a picture.
-    """
-    tokens = torch.arange(len(positions), dtype=ends.dtype, device=ends.device)
-    request = torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)  # (T,); padding is of the last
-    places, slots = places[:, request].T, slots[:, request].T  # (T, M)
-    is_real = slots > 0
-    is_following = media_attention == "following"
-    seen = is_real & ((places < positions[:, None]) if is_following else (places <= positions[:, None]))
-    if media_attention != "all_preceding":
-        number = torch.arange(1, seen.shape[1] + 1, device=seen.device)
-        seen = is_real & (number == seen.sum(dim=1, keepdim=True) + is_following)
-    found = torch.zeros(len(tokens), num_slots, dtype=torch.int32, device=slots.device)
-    found.scatter_add_(1, slots.long(), seen.int())  # a picture may stand in a request twice
-    return found > 0, is_real.any(dim=1)
-
-
-class PicturePool:
-    """Keys and values of pictures, `num_slots` at a time, for each gated block.
-
-    A picture stays when its requests have ended, until its slot is needed: the least recently used goes first.
-
-    Args:
-        model: The model up to the last hidden state.
-        num_slots: How many pictures are held; slot 0 comes on top, and is attended to by who attends to nothing.
-    """
-
-    def __init__(self, model: nn.Module, num_slots: int):
-        self.model, config = model, model.config
-        layers = decoder_layers(model.text_model)
-        self.blocks = [layer.gated_cross_attn_layer for layer in layers if layer.gated_cross_attn_layer is not None]
-        self.num_latents, sizes = config.resampler["num_latents"], config.cross_attention
-        shape = (1, sizes["num_heads"], (1 + num_slots) * self.num_latents, sizes["head_dim"])
-        latents = model.resampler.latents
-        self.layers = [KeysValues(latents.new_zeros(shape), latents.new_zeros(shape)) for _ in self.blocks]
-        self.chosen: tuple[torch.Tensor, Layers] | None = None
-        self.slots: OrderedDict[Any, int] = OrderedDict((slot, slot) for slot in range(1, 1 + num_slots))
-        self.asked = self.encoded = 0  # pictures of all requests, and those that were not there yet
-
-    def reserve(self, pictures: Iterable[Picture], in_use: set) -> dict[tuple, Picture] | None:
-        """Give each picture a slot, and return those that have to be encoded; `None` if there are not enough slots.
-
-        Args:
-            pictures: The pictures of a request.
-            in_use: Keys of pictures that have to stay.
-        """
-        wanted = {picture.key: picture for picture in pictures}
-        new = {key: picture for key, picture in wanted.items() if key not in self.slots}
-        free = [key for key in self.slots if key not in in_use and key not in wanted][: len(new)]
-        if len(free) < len(new):
-            return None
-        for key in wanted:
-            self.slots[key] = self.slots.pop(key if key in self.slots else free.pop(0))
-        self.asked, self.encoded = self.asked + len(wanted), self.encoded + len(new)
-        return new
-
-    def forget(self, keys: Iterable[tuple]) -> None:
-        """Drop pictures that could not be encoded."""
-        for key in keys:
-            slot = self.slots.pop(key)
-            self.slots[slot] = slot
-
-    @torch.no_grad()
-    def encode(self, pictures: Iterable[Picture]) -> None:
-        """Fill the slots of pictures, together those with as many frames, and wait until the device has done it."""
-        by_frames: dict[int, list[Picture]] = {}
-        for picture in pictures:
-            by_frames.setdefault(len(picture.pixels), []).append(picture)
-        device, self.chosen = self.layers[0].keys.device, None
-        for alike in by_frames.values():
-            pixels = torch.stack([picture.pixels for picture in alike])[None].to(device)  # (1, M, F, 3, height, width)
-            numbers = torch.tensor([[picture.number for picture in alike]], device=device)
-            latents = self.model.encode_images(pixels, None, numbers)  # (1, M, N, D)
-            slots = torch.tensor([self.slots[picture.key] for picture in alike], device=device)
-            for block, layer in zip(self.blocks, self.layers, strict=True):
-                for new, held in zip(block.attn.keys_values(latents), layer, strict=True):
-                    new, held = (x.unflatten(2, (-1, self.num_latents)) for x in (new, held))  # (1, H, M or S, N, _)
-                    held[0, :, slots] = new[0]
-        if device.type != "cpu":  # the engine has a stream of its own
-            torch.accelerator.current_stream(device).synchronize()
-
-    def condition(
-        self, numbers: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor, is_static: bool
-    ) -> Conditioning | None:
-        """What the gated blocks get in a step; `None` without any picture.
-
-        Args:
-            numbers: `(2 * M, R)`, places and slots of the pictures of each request.
-            ends: `(R,)`, as for [`attended_slots`].
-            positions: `(T,)`, as for [`attended_slots`].
-            is_static: Whether every step has to have the same shapes, and so all slots, not only those of its requests.
-        """
-        places, slots = numbers.chunk(2)
-        layers, num_slots = Layers(self.layers), 1 + len(self.slots)
-        if not is_static:
-            used = torch.cat([slots.new_zeros(1), slots.flatten()]).unique()
-            if len(used) == 1:
-                return None
-            layers, slots, num_slots = self.choose(used), torch.searchsorted(used, slots.contiguous()), len(used)
-        mode = self.model.config.media_attention
-        seen, has_images = attended_slots(places, slots, ends, positions, mode, num_slots)
-        attends = seen.any(dim=1)
-        seen = torch.cat([~attends[:, None], seen[:, 1:]], dim=1)
-        return Conditioning(
-            image_latents=None,
-            attends=attends[None, :, None],
-            has_images=has_images[None, :, None],
-            mask=seen.repeat_interleave(self.num_latents, dim=1)[None, None],
-            cache=layers,
-            record=Record(),
-        )
-
-    def choose(self, used: torch.Tensor) -> Layers:
-        """Keys and values of these slots alone; most steps have those of the step before."""
-        if self.chosen is None or not torch.equal(self.chosen[0], used):
-            of_slots = [
-                [x.unflatten(2, (-1, self.num_latents))[:, :, used].flatten(2, 3) for x in layer]
-                for layer in self.layers
-            ]
-            self.chosen = used, Layers([KeysValues(*layer) for layer in of_slots])
-        return self.chosen[1]
 
 
 class RequestNumbers:
@@ -235,15 +61,12 @@ class RequestNumbers:
 
     def prepare_tensor_args(self, requests_in_batch: list, arg_storage: torch.Tensor) -> torch.Tensor:
         """Write the numbers of a step: of pictures for each request, of sampling for each that gets a token."""
-        getting = [request for request in requests_in_batch if request.has_new_token]
-        lines = slice(self.of_pictures), slice(self.of_pictures, self.tensors_required)
-        for name, of_name, requests in zip(("pictures", "sampling"), lines, (requests_in_batch, getting), strict=True):
-            empty = [0] * len(range(self.tensors_required)[of_name])
-            columns = [request.state.logit_processor_kwargs.get(name, empty) for request in requests]
-            if columns and empty:
-                arg_storage[of_name, : len(columns)] = torch.tensor(columns, dtype=torch.int32).T.to(
-                    arg_storage.device
-                )
+        of_pictures = [request.state.logit_processor_kwargs for request in requests_in_batch]
+        of_sampling = [request.state.logit_processor_kwargs for request in requests_in_batch if request.has_new_token]
+        ranges = (0, self.of_pictures), (self.of_pictures, self.tensors_required)
+        for name, carried, (start, end) in zip(NUMBERS, (of_pictures, of_sampling), ranges, strict=True):
+            columns = torch.tensor([numbers.get(name, [0] * (end - start))[: end - start] for numbers in carried])
+            arg_storage[start:end, : len(carried)] = columns.view(len(carried), end - start).T
         return arg_storage
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -252,74 +75,37 @@ class RequestNumbers:
         return choose_by(scores, *numbers[self.of_pictures :, : len(scores)]) if self.do_sample else scores
 
 
-def sampling_numbers(settings: Mapping[str, Any], vocab_size: int) -> list[int]:
-    """Temperature (0: greedy), top_k and top_p of a request, floats by their bits; `generate()`'s defaults.
-
-    Raises:
-        ValueError: If one is out of range.
-    """
-    temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
-    top_k, top_p = settings.get("top_k", 50) or vocab_size, settings.get("top_p", 1.0)
-    if temperature < 0 or top_k < 1 or not 0 < top_p <= 1:
-        raise ValueError(f"Got {temperature=}, {top_k=}, {top_p=}; they have to be >= 0, >= 0, and in (0, 1].")
-    top_p = 2.0 if top_p == 1 else top_p  # else tokens would be lost to rounding
-    temperature, top_p = struct.unpack("ii", struct.pack("ff", temperature, top_p))
-    return [temperature, min(top_k, vocab_size), top_p]
-
-
-def choose_by(
-    scores: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
-) -> torch.Tensor:
-    """Shut out all tokens but those that each row may draw, as transformers' processors do, in one sorting.
-
-    Args:
-        scores: `(R, V)`.
-        temperature: `(R,)`, the bits of a float; 0 for the likeliest token alone.
-        top_k: `(R,)`, at least 1.
-        top_p: `(R,)`, the bits of a float; above 1 for all.
-
-    Returns:
-        `(R, V)`.
-    """
-    temperature, top_p = (x.view(torch.float32)[:, None] for x in (temperature, top_p))
-    top_k = top_k[:, None].long().clamp(1, scores.shape[1])
-    is_greedy = temperature == 0
-    is_likeliest = torch.arange(scores.shape[1], device=scores.device) == scores.argmax(dim=1, keepdim=True)
-    scores = scores / temperature.where(~is_greedy, 1)
-    ordered, order = scores.sort(dim=1, descending=True)
-    is_kept = ordered >= ordered.gather(1, top_k - 1)
-    probabilities = ordered.where(is_kept, -torch.inf).softmax(dim=1)
-    is_kept &= probabilities.cumsum(dim=1) - probabilities < top_p
-    is_kept = torch.zeros_like(is_kept).scatter(1, order, is_kept)
-    return scores.where(is_likeliest.where(is_greedy, is_kept), -torch.inf)
-
-
 class Admission(queue.Queue):
-    """Requests in the order in which they came; out come those whose pictures are in the pool.
+    """Requests in the order in which they came; out come those whose pictures are in the pool."""
 
-    Args:
-        maxsize: Requests that may wait; 0 for any number.
-        admit: Gives the requests that are let in now.
-        is_stopping: Whether the engine fails what still waits.
-    """
-
-    def __init__(self, maxsize: int, admit: Callable[[], Iterator], is_stopping: Callable[[], bool]):
-        super().__init__(maxsize)
-        self.admit, self.is_stopping, self.let_in = admit, is_stopping, None
+    def __init__(self, engine: "BatchingEngine"):
+        super().__init__(engine.manager.input_queue.maxsize)
+        self.engine, self.let_in = engine, None
 
     def empty(self) -> bool:
         """False: the engine, which asks before each step, asks on until `get_nowait` says so."""
         return False
 
     def get_nowait(self):
-        """The next request that is let in, in the engine's thread."""
-        if self.is_stopping():
+        """The next request that is let in, in the engine's thread; once it fails all that waits, whatever comes."""
+        status = self.engine.manager.background_thread_status
+        if status.local_status >= status.HARD_STOP:
             return super().get_nowait()
-        self.let_in = self.let_in or self.admit()
+        self.let_in = self.let_in or iter(self.engine.let_in())
         for request in self.let_in:
             return request
         self.let_in = None
         raise queue.Empty
+
+    def take(self, state: Any) -> None:
+        """Take a request out of the middle; the caller holds the `mutex`."""
+        self.queue.remove(state)
+        self.not_full.notify()
+
+
+def names_of(request_id: str, replies: int) -> list[str]:
+    """The names under which the replies to a request come."""
+    return [request_id, *(f"{request_id}__child#{number}" for number in range(replies - 1))]
 
 
 class BatchingEngine:
@@ -350,40 +136,40 @@ class BatchingEngine:
         self,
         model: PreTrainedModel,
         generation_config: GenerationConfig | None = None,
-        config: ContinuousBatchingConfig | None = None,
+        config: "ContinuousBatchingConfig | None" = None,
         *,
         num_slots: int = 64,
         max_pictures: int = 16,
         do_sample: bool = True,
     ):
-        text_model = model.model.text_model
         check_model(model)
         generation_config = suppress_images(generation_config or model.generation_config, model.config)
         settings = generation_config.to_diff_dict()
         suppressed = settings.pop("suppress_tokens", None) or []
-        self.settings = check_settings(settings)
-        self.config, self.max_pictures, self.do_sample = model.config, max_pictures, do_sample
-        self.text_model, self.ids, self.held = text_model, count(), {}
-        self.manager = build_manager(text_model, config, do_sample)
-        self.pool = PicturePool(model.model, num_slots)
-        suppressed = torch.tensor(suppressed, dtype=torch.long, device=text_model.device)
-        resolved = self.manager.continuous_batching_config
-        compiled = (resolved.varlen_compile_config, resolved.decode_compile_config)
-        self.is_static = any(resolved.cuda_graph_booleans) or compiled != (None, None)
+        self.settings, self.config, self.do_sample = check_settings(settings), model.config, do_sample
+        self.manager = build_manager(model.model.text_model, config, do_sample)
+        self.pool = PicturePool(model.model, num_slots, max_pictures)
+        suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.model.text_model.device)
         self.manager.logit_processor = RequestNumbers(max_pictures, do_sample, suppressed)
-        self.status = self.manager.background_thread_status
-        self.requests = Admission(self.manager.input_queue.maxsize, self._admit, self._is_stopping)
-        self.manager.input_queue = self.requests
+        self.manager.input_queue = self.requests = Admission(self)
+        self.names = (f"request-{number}" for number in count())
+        self.held: dict[
+            str, tuple[set, int]
+        ] = {}  # keys of pictures and number of replies of requests that were let in
 
     def __enter__(self) -> "BatchingEngine":
         """Make the cache, capture graphs if there are any, and start the thread that generates."""
         with ExitStack() as stack:
-            stack.callback(self.text_model.register_forward_pre_hook(self._condition, with_kwargs=True).remove)
+            stack.callback(
+                self.pool.model.text_model.register_forward_pre_hook(self._condition, with_kwargs=True).remove
+            )
             stack.callback(self.manager.destroy)
+            config = self.manager.continuous_batching_config
+            compiled = config.varlen_compile_config or config.decode_compile_config
+            self.is_static = any(config.cuda_graph_booleans) or compiled is not None
             self.manager.warmup()
             stack.callback(self.manager.stop, hard_stop=True)
-            cache = self.manager.batch_processor.cache
-            self.room = cache.num_blocks * self.manager.continuous_batching_config.page_size
+            self.room = self.manager.batch_processor.cache.num_blocks * config.page_size
             self.room = min(self.room, getattr(self.config.text_config, "max_position_embeddings", self.room))
             self.manager.start()
             self.on_exit = stack.pop_all()
@@ -435,11 +221,11 @@ class BatchingEngine:
             )
         request_id = self.manager.add_request(
             ids,
-            request_id=request_id or f"request-{next(self.ids)}",
+            request_id=request_id or next(self.names),
             max_new_tokens=new_tokens,
             eos_token_id=settings.get("eos_token_id"),
             streaming=streaming,
-            pictures=self._pictures(ids, pixel_values, num_frames),
+            pictures=self.pool.find_pictures(ids, pixel_values, num_frames),
             sampling=sampling_numbers(settings, self.config.text_config.vocab_size),
             replies=settings.get("num_return_sequences", 1),
         )
@@ -448,16 +234,15 @@ class BatchingEngine:
         return request_id
 
     def cancel_request(self, request_id: str) -> None:
-        """End a request and its replies, wherever they are; nothing more is heard of them."""
+        """End a request and its replies, waiting or under way; a result on its way may still come."""
         with self.requests.mutex:
             waiting = [state for state in self.requests.queue if state.request_id == request_id]
             for state in waiting:
-                self.requests.queue.remove(state)
-                self.requests.not_full.notify()
-        replies = waiting[0].logit_processor_kwargs["replies"] if waiting else self.held.get(request_id, ((), 1))[1]
-        for name in (request_id, *(f"{request_id}__child#{number}" for number in range(replies - 1))):
-            self.manager.output_router.result_handlers.pop(name, None)
-            if not waiting:
+                self.requests.take(state)
+        if waiting:
+            self._drop_handlers({request_id: waiting[0].logit_processor_kwargs["replies"]})
+        else:
+            for name in names_of(request_id, self.held.get(request_id, (set(), 1))[1]):
                 self.manager.cancel_request(name)
 
     def register_result_handler(self, request_id: str, handle: Callable) -> None:
@@ -478,89 +263,59 @@ class BatchingEngine:
     @property
     def fatal_error(self) -> Exception | None:
         """What ended the engine; `None` while it runs."""
-        return self.status.fatal_error
+        return self.manager.background_thread_status.fatal_error
 
-    def _pictures(
-        self, ids: list[int], pixel_values: torch.Tensor | None, num_frames: torch.Tensor | None
-    ) -> list[Picture]:
-        """Look whether ids and pictures agree, and take out those that have an `<image>`."""
-        places = [place for place, token in enumerate(ids) if token == self.config.image_token_id]
-        if not places:
-            return []
-        if pixel_values is None or len(places) > min(self.max_pictures, pixel_values.shape[1]):
-            given = 0 if pixel_values is None else pixel_values.shape[1]
-            raise ValueError(
-                f"The request holds {len(places)} <image> tokens, and {given} pictures were given for it: give one for "
-                f"each, and at most {self.max_pictures}."
-            )
-        check_pixels(pixel_values, self.config.vision_config.image_size, [ids])
-        sizes, pictures = self.config.resampler, []
-        for number, place in enumerate(places):
-            pixels = pixel_values[0, number] if pixel_values.dim() == 6 else pixel_values[0, number, None]
-            pixels = pixels if num_frames is None else pixels[: int(num_frames[0, number])]
-            for what, found in (("frames", len(pixels)), ("images", len(places))):
-                if found > (sizes[f"max_num_{what}"] or found):
-                    raise ValueError(f"Got {found} {what}, and the model takes {sizes[f'max_num_{what}']}.")
-            key = (hashlib.blake2b(pixels.contiguous().view(torch.uint8).cpu().numpy()).digest(), len(pixels))
-            # Where its place tells, or both of two same pictures are attended to, they are not the same.
-            if sizes["max_num_images"] is not None:
-                key += (number,)
-            elif self.config.media_attention == "all_preceding":
-                key += (sum(picture.key[:2] == key for picture in pictures),)
-            pictures.append(Picture(key, place, number + 1, pixels))
-        return pictures
-
-    def _is_stopping(self) -> bool:
-        return self.status.local_status >= self.status.HARD_STOP
-
-    def _admit(self) -> Iterator:
-        """Let in the requests whose pictures have a slot, in the engine's thread between two steps."""
+    def let_in(self) -> list:
+        """Take the requests whose pictures have a slot from the queue, in the engine's thread between two steps."""
         if not self.requests.queue:
-            return iter(())
-        scheduler = self.manager.batch_processor.scheduler
+            return []
+        scheduler, pool = self.manager.batch_processor.scheduler, self.pool
         running = {name.partition("__child#")[0] for name in (*scheduler.active_requests, *scheduler.waiting_requests)}
+        self._drop_handlers({name: replies for name, (_, replies) in self.held.items() if name not in running})
         self.held = {name: held for name, held in self.held.items() if name in running}
-        in_use = {key for keys, _ in self.held.values() for key in keys}
-        let_in, new = [], {}
+        in_use = set().union(*(keys for keys, _ in self.held.values()))
+        states, new = [], {}
         with self.requests.mutex:
             while self.requests.queue and len(new) < ENCODED_AT_ONCE:
                 state = self.requests.queue[0]
                 pictures, replies = (state.logit_processor_kwargs[name] for name in ("pictures", "replies"))
-                added = self.pool.reserve(pictures, in_use)
+                added = pool.reserve(pictures, in_use)
                 if added is None:
                     break
-                self.requests.queue.popleft()
-                self.requests.not_full.notify()
                 new |= added
-                keys = {picture.key for picture in pictures}
-                in_use |= keys
-                self.held[state.request_id] = keys, replies
-                slots, padding = (
-                    [self.pool.slots[picture.key] for picture in pictures],
-                    self.max_pictures - len(pictures),
-                )
-                numbers = [*(picture.place for picture in pictures), *[0] * padding, *slots, *[0] * padding]
+                self.held[state.request_id] = {picture.key for picture in pictures}, replies
+                in_use |= self.held[state.request_id][0]
                 state.num_children = replies - 1
-                state.logit_processor_kwargs |= {"pictures": numbers}
-                let_in.append(state)
+                state.logit_processor_kwargs |= {"pictures": pool.numbers(pictures)}
+                states.append(state)
+                self.requests.take(state)
         try:
-            self.pool.encode(new.values())
+            pool.encode(new.values())
         except Exception as error:  # such as too little memory: the requests under way go on
-            self.pool.forget(new)
-            failed = [state for state in let_in if not new.keys().isdisjoint(self.held[state.request_id][0])]
+            pool.forget(new)
+            failed = [state for state in states if not new.keys().isdisjoint(self.held[state.request_id][0])]
             for state in failed:
                 self.manager.output_router.fail_and_deliver(state, error)
-            let_in = [state for state in let_in if state not in failed]
-        return iter(let_in)
+            states = [state for state in states if state not in failed]
+        return states
+
+    def _drop_handlers(self, gone: Mapping[str, int]) -> None:
+        """Forget who waits for requests that are gone, given with the number of their replies."""
+        for request_id, replies in gone.items():
+            for name in names_of(request_id, replies):
+                self.manager.output_router.result_handlers.pop(name, None)
 
     def _condition(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Hand the gated blocks what they need in a step of the engine; other calls of the LM stay as they are."""
         if "logits_processor_args" not in kwargs:
             return None
-        numbers = kwargs["logits_processor_args"][: 2 * self.max_pictures]
+        numbers = kwargs["logits_processor_args"]
         ends, positions = kwargs["cu_seq_lens_q"][1:], kwargs["position_ids"][0]
         conditioning = self.pool.condition(numbers, ends, positions, self.is_static)
-        return args, kwargs if conditioning is None else {**kwargs, "conditioning": conditioning}
+        added = {} if conditioning is None else {"conditioning": conditioning}
+        # Where there is a mask, `is_causal=False` changes nothing here, but a `generate()` beside it: transformers
+        # writes it into the config as long as the step runs.
+        return args, {name: value for name, value in kwargs.items() if (name, value) != ("is_causal", False)} | added
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -587,7 +342,8 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in settings.items() if value is not None}
     unknown = given.keys() - {*HONOURED, *WITHOUT_EFFECT}
-    refused = {n: given[n] for n in unknown if given[n] not in (False, NEUTRAL.get(n)) and not n.startswith("_")}
+    off = {name for name in unknown if name.startswith("_") or given[name] == (1 if name in OFF_AT_ONE else 0)}
+    refused = {name: given[name] for name in sorted(unknown - off)}
     if refused:
         raise ValueError(
             f"Continuous batching does not honour {refused}: leave them out, or call `generate()`. It knows "
@@ -596,13 +352,15 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in HONOURED}
 
 
-def build_manager(text_model: PreTrainedModel, config: ContinuousBatchingConfig | None, do_sample: bool):
+def build_manager(
+    text_model: PreTrainedModel, config: "ContinuousBatchingConfig | None", do_sample: bool
+) -> "ContinuousBatchingManager":
     """Make transformers' own manager, for the bare LM.
 
     Raises:
         ImportError: If it is not there, or is another than the one that this file knows.
     """
-    from transformers import ContinuousBatchingManager
+    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
 
     if config is None:
         on_cpu = {"page_size": 32, "num_blocks": 512, "max_batch_tokens": 1024}  # else it takes 60 % of the memory
@@ -643,21 +401,18 @@ def generate_batch(
         RuntimeError: If a request failed.
     """
     results, names = {}, []
-
-    def collect(timeout: float | None) -> None:
-        result = engine.get_result(timeout)
-        if result is not None and result.error is not None or engine.fatal_error is not None:
-            raise RuntimeError(f"A request failed: {result.error if result else engine.fatal_error}")
-        if result is not None:
-            results[result.request_id] = result
-
     with BatchingEngine(model, generation_config, **options) as engine:
-        for request in requests:
-            while engine.requests.qsize() > 2 * ENCODED_AT_ONCE:
-                collect(timeout=0.1)
-            name = engine.add_request(**request)
-            replies = engine.settings | request
-            names += [name, *(f"{name}__child#{k}" for k in range((replies.get("num_return_sequences") or 1) - 1))]
-        while len(results) < len(names):
-            collect(timeout=0.1)
+        ahead, is_done = iter(requests), False
+        while not is_done or len(results) < len(names):
+            while not is_done and engine.requests.qsize() <= 2 * ENCODED_AT_ONCE:
+                request = next(ahead, None)
+                is_done = request is None
+                if not is_done:
+                    settings = engine.settings | request
+                    names += names_of(engine.add_request(**request), settings.get("num_return_sequences") or 1)
+            result = engine.get_result(timeout=0.1)
+            if engine.fatal_error is not None or (result is not None and result.error is not None):
+                raise RuntimeError(f"A request failed: {engine.fatal_error or result.error}")
+            if result is not None:
+                results[result.request_id] = result
     return [results[name] for name in names]
