@@ -7,10 +7,10 @@ of the LM makes what the gated blocks are handed. https://huggingface.co/docs/tr
 
 import copy
 import queue
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -19,18 +19,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..generation_mmgpt import suppress_images
 from .picture_pool import PicturePool
-from .sampling import choose_by, sampling_numbers
+from .sampling import check_settings, choose_by, sampling_numbers
 
-
-if TYPE_CHECKING:  # what this file needs of the engine is imported where it is used: a release may have moved it
-    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
 
 ENCODED_AT_ONCE = 16  # pictures; the requests under way wait for them
-HONOURED = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "max_length", "eos_token_id")
-HONOURED += ("num_return_sequences",)
-WITHOUT_EFFECT = ("bos_token_id", "pad_token_id", "use_cache", "length_penalty", "transformers_version")
-OFF_AT_ONE = ("num_beams", "repetition_penalty", "typical_p", "guidance_scale")  # others are off where they are 0
-NUMBERS = ("pictures", "sampling")  # of a request that was let in
 # What is used of the manager beside its methods.
 ATTRIBUTES = ("background_thread_status", "batch_processor", "input_queue", "logit_processor", "output_router")
 
@@ -61,12 +53,11 @@ class RequestNumbers:
 
     def prepare_tensor_args(self, requests_in_batch: list, arg_storage: torch.Tensor) -> torch.Tensor:
         """Write the numbers of a step: of pictures for each request, of sampling for each that gets a token."""
-        of_pictures = [request.state.logit_processor_kwargs for request in requests_in_batch]
-        of_sampling = [request.state.logit_processor_kwargs for request in requests_in_batch if request.has_new_token]
-        ranges = (0, self.of_pictures), (self.of_pictures, self.tensors_required)
-        for name, carried, (start, end) in zip(NUMBERS, (of_pictures, of_sampling), ranges, strict=True):
-            columns = torch.tensor([numbers.get(name, [0] * (end - start))[: end - start] for numbers in carried])
-            arg_storage[start:end, : len(carried)] = columns.view(len(carried), end - start).T
+        getting = [request for request in requests_in_batch if request.has_new_token]
+        pictures, sampling = arg_storage.split([self.of_pictures, self.tensors_required - self.of_pictures])
+        for name, lines, to in ("pictures", pictures, requests_in_batch), ("sampling", sampling, getting):
+            columns = [request.state.logit_processor_kwargs.get(name, [0] * len(lines)) for request in to]
+            lines[:, : len(to)] = torch.tensor(columns).view(len(to), -1)[:, : len(lines)].T if to else 0
         return arg_storage
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -121,8 +112,8 @@ class BatchingEngine:
     Args:
         model: The model that generates, on one device.
         generation_config: Defaults of the requests; those of the model if `None`.
-        config: How transformers' engine runs. `allow_block_sharing` is turned off, since it takes tokens alone for a
-            prefix. By default on a CPU a small cache, and elsewhere most of the device's memory.
+        config: A `ContinuousBatchingConfig`; its `allow_block_sharing` is turned off, since it takes tokens alone for
+            a prefix. By default on a CPU a small cache, and elsewhere most of the device's memory.
         num_slots: Pictures whose keys and values are held, at 1 MiB each for the sizes of OpenFlamingo-9B.
         max_pictures: Pictures of a request at most.
         do_sample: Whether requests may sample. Without, a step is spared a sorting of the vocabulary.
@@ -136,7 +127,7 @@ class BatchingEngine:
         self,
         model: PreTrainedModel,
         generation_config: GenerationConfig | None = None,
-        config: "ContinuousBatchingConfig | None" = None,
+        config: Any = None,
         *,
         num_slots: int = 64,
         max_pictures: int = 16,
@@ -150,19 +141,16 @@ class BatchingEngine:
         self.manager = build_manager(model.model.text_model, config, do_sample)
         self.pool = PicturePool(model.model, num_slots, max_pictures)
         suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.model.text_model.device)
-        self.manager.logit_processor = RequestNumbers(max_pictures, do_sample, suppressed)
+        self.manager.logit_processor = RequestNumbers(self.pool.max_pictures, do_sample, suppressed)
         self.manager.input_queue = self.requests = Admission(self)
         self.names = (f"request-{number}" for number in count())
-        self.held: dict[
-            str, tuple[set, int]
-        ] = {}  # keys of pictures and number of replies of requests that were let in
+        self.held: dict[str, tuple[set, int]] = {}  # of requests let in: keys of their pictures, number of replies
 
     def __enter__(self) -> "BatchingEngine":
         """Make the cache, capture graphs if there are any, and start the thread that generates."""
         with ExitStack() as stack:
-            stack.callback(
-                self.pool.model.text_model.register_forward_pre_hook(self._condition, with_kwargs=True).remove
-            )
+            hook = self.manager.model.register_forward_pre_hook(self._condition, with_kwargs=True)
+            stack.callback(hook.remove)
             stack.callback(self.manager.destroy)
             config = self.manager.continuous_batching_config
             compiled = config.varlen_compile_config or config.decode_compile_config
@@ -176,7 +164,7 @@ class BatchingEngine:
         return self
 
     def __exit__(self, *error) -> None:
-        """Stop, failing the requests that are under way, and leave the model as it was."""
+        """Stop, dropping the requests that are under way, and leave the model as it was."""
         self.on_exit.close()
 
     def add_request(
@@ -214,11 +202,9 @@ class BatchingEngine:
         settings = self.settings | check_settings(settings)
         if settings.get("do_sample") and not self.do_sample:
             raise ValueError("The engine was made with do_sample=False, and the request samples.")
-        new_tokens = settings.get("max_new_tokens") or settings.get("max_length", 20 + len(ids)) - len(ids)
-        if not 0 < len(ids) <= self.room - new_tokens or new_tokens < 1:
-            raise ValueError(
-                f"{len(ids)} tokens and {new_tokens} new ones: there is room for 1 to {self.room} in all."
-            )
+        new_tokens = settings.get("max_new_tokens", settings.get("max_length", 20 + len(ids)) - len(ids))
+        if not (0 < len(ids) <= self.room - new_tokens and new_tokens > 0):
+            raise ValueError(f"Got {len(ids)} tokens and {new_tokens} new ones: there is room for 1 to {self.room}.")
         request_id = self.manager.add_request(
             ids,
             request_id=request_id or next(self.names),
@@ -227,7 +213,7 @@ class BatchingEngine:
             streaming=streaming,
             pictures=self.pool.find_pictures(ids, pixel_values, num_frames),
             sampling=sampling_numbers(settings, self.config.text_config.vocab_size),
-            replies=settings.get("num_return_sequences", 1),
+            replies=settings.get("num_return_sequences") or 1,
         )
         if request_id is None:
             raise RuntimeError(f"The engine has stopped: {self.fatal_error or 'its context was left'}.")
@@ -250,15 +236,11 @@ class BatchingEngine:
         self.manager.register_result_handler(request_id, handle)
 
     def get_result(self, timeout: float | None = None):
-        """The next result that no handler takes; `None` if there is none in so many seconds, or the engine has stopped.
+        """The next result that no handler takes, or `None`: in so many seconds none came, or the engine has stopped.
 
         It has `request_id`, `generated_tokens` so far, `is_finished()` and `error`.
         """
         return self.manager.get_result(timeout=timeout)
-
-    def __iter__(self) -> Iterator:
-        """Results as they come, until the engine stops."""
-        return iter(self.manager)
 
     @property
     def fatal_error(self) -> Exception | None:
@@ -309,9 +291,8 @@ class BatchingEngine:
         """Hand the gated blocks what they need in a step of the engine; other calls of the LM stay as they are."""
         if "logits_processor_args" not in kwargs:
             return None
-        numbers = kwargs["logits_processor_args"]
-        ends, positions = kwargs["cu_seq_lens_q"][1:], kwargs["position_ids"][0]
-        conditioning = self.pool.condition(numbers, ends, positions, self.is_static)
+        numbers, starts, positions = (kwargs[k] for k in ("logits_processor_args", "cu_seq_lens_q", "position_ids"))
+        conditioning = self.pool.condition(numbers, starts[1:], positions[0], self.is_static)
         added = {} if conditioning is None else {"conditioning": conditioning}
         # Where there is a mask, `is_causal=False` changes nothing here, but a `generate()` beside it: transformers
         # writes it into the config as long as the step runs.
@@ -327,34 +308,14 @@ def check_model(model: PreTrainedModel) -> None:
     text_model = model.model.text_model
     if not text_model._supports_attention_backend:
         raise ValueError(
-            f"{type(text_model).__name__} cannot be batched continuously: its attention knows nothing of a paged cache."
-            " Call `generate()`, whose rows are padded."
+            f"{type(text_model).__name__} cannot be batched continuously: its attention knows of no paged cache. Call "
+            "`generate()`, whose rows are padded."
         )
     if len(places := set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError(f"Continuous batching takes a model on one device, and this one is on {places}.")
 
 
-def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Take out the settings of `generate()` that are honoured; those that are `None` are left to the defaults.
-
-    Raises:
-        ValueError: If others are set, with their names.
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    unknown = given.keys() - {*HONOURED, *WITHOUT_EFFECT}
-    off = {name for name in unknown if name.startswith("_") or given[name] == (1 if name in OFF_AT_ONE else 0)}
-    refused = {name: given[name] for name in sorted(unknown - off)}
-    if refused:
-        raise ValueError(
-            f"Continuous batching does not honour {refused}: leave them out, or call `generate()`. It knows "
-            f"{', '.join(HONOURED)}."
-        )
-    return {name: value for name, value in given.items() if name in HONOURED}
-
-
-def build_manager(
-    text_model: PreTrainedModel, config: "ContinuousBatchingConfig | None", do_sample: bool
-) -> "ContinuousBatchingManager":
+def build_manager(text_model: PreTrainedModel, config: Any, do_sample: bool) -> Any:
     """Make transformers' own manager, for the bare LM.
 
     Raises:

@@ -56,7 +56,7 @@ def attended_slots(
         num_slots: `S`, slot 0 among them.
 
     Returns:
-        Bool `(T, S)`, true where attended, all false where to none; and bool `(T,)`, whether the request has a picture.
+        Bool `(T, S)`, true where attended; and bool `(T,)`, whether the request has any picture.
     """
     tokens = torch.arange(len(positions), dtype=ends.dtype, device=ends.device)
     request = torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)  # (T,); padding is of the last
@@ -84,7 +84,7 @@ class PicturePool:
     """
 
     def __init__(self, model: nn.Module, num_slots: int, max_pictures: int):
-        self.model, self.max_pictures, config = model, max_pictures, model.config
+        self.model, self.max_pictures, config = model, min(max_pictures, num_slots), model.config
         layers = decoder_layers(model.text_model)
         self.blocks = [layer.gated_cross_attn_layer for layer in layers if layer.gated_cross_attn_layer is not None]
         self.num_latents, sizes = config.resampler["num_latents"], config.cross_attention
@@ -109,8 +109,8 @@ class PicturePool:
         if pixel_values is None or len(places) > min(self.max_pictures, pixel_values.shape[1]):
             given = 0 if pixel_values is None else pixel_values.shape[1]
             raise ValueError(
-                f"The request holds {len(places)} <image> tokens, and {given} pictures were given for it: give one for "
-                f"each, and at most {self.max_pictures}."
+                f"The request holds {len(places)} <image> tokens, and {given} pictures were given for it: give one "
+                f"for each, and at most {self.max_pictures}."
             )
         check_pixels(pixel_values, self.model.config.vision_config.image_size, [ids])
         sizes, pictures = self.model.config.resampler, []
@@ -186,7 +186,7 @@ class PicturePool:
             numbers: `(2 * M, R)`, places and slots of the pictures of each request; what follows is not read.
             ends: `(R,)`, as for [`attended_slots`].
             positions: `(T,)`, as for [`attended_slots`].
-            is_static: Whether every step has to have the same shapes, and so all slots, not only those of its requests.
+            is_static: Whether all slots have to be there, for every step to have the same shapes.
         """
         places, slots = numbers[: 2 * self.max_pictures].chunk(2)
         layers, num_slots = Layers(self.layers), 1 + len(self.slots)

@@ -1,10 +1,34 @@
-"""Rows of one batch that sample each in its own way."""
+"""What each request of a batch may set, and how its row samples."""
 
 import struct
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+
+HONOURED = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "max_length", "eos_token_id")
+HONOURED += ("num_return_sequences",)
+WITHOUT_EFFECT = ("bos_token_id", "pad_token_id", "use_cache", "length_penalty", "transformers_version")
+OFF_AT_ONE = ("num_beams", "repetition_penalty", "typical_p", "guidance_scale")  # others are off where they are 0
+
+
+def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Take out the settings of `generate()` that are honoured; those that are `None` are left to the defaults.
+
+    Raises:
+        ValueError: If others are set, with their names.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    unknown = given.keys() - {*HONOURED, *WITHOUT_EFFECT}
+    off = {name for name in unknown if name.startswith("_") or given[name] == (1 if name in OFF_AT_ONE else 0)}
+    refused = {name: given[name] for name in sorted(unknown - off)}
+    if refused:
+        raise ValueError(
+            f"Continuous batching does not honour {refused}: leave them out, or call `generate()`. It knows "
+            f"{', '.join(HONOURED)}."
+        )
+    return {name: value for name, value in given.items() if name in HONOURED}
 
 
 def sampling_numbers(settings: Mapping[str, Any], vocab_size: int) -> list[int]:
