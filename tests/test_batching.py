@@ -10,8 +10,10 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, IMAGE, note_results
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from conftest import BASE, FAMILIES, IMAGE, note_results
+from evaluate_benchmark import draw, encode, write_answers
+from tiny_world import benchmarks
+from transformers import AutoModelForImageTextToText, AutoProcessor, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -25,6 +27,7 @@ from modeling_mmgpt.speed import batching
 from modeling_mmgpt.speed.batching import BatchingEngine, check_settings, generate_batch
 from modeling_mmgpt.speed.picture_pool import attended_slots
 from modeling_mmgpt.speed.sampling import choose_by, sampling_numbers
+from processing_mmgpt.evaluation.benchmarks import BENCHMARKS, read_samples
 
 
 MODES = ("preceding", "all_preceding", "following")
@@ -207,8 +210,6 @@ def test_equal_texts_with_different_pictures_and_different_texts_with_equal_pict
     assert [replies[name] for name in names] == [alone(model, request) for request in requests]
     assert len({str(replies[name]) for name in names[:4]}) > 1
     assert (asked, encoded) == (24, 12)  # 8 of the first four requests; the slots are 4, so 4 come again
-    note = {f"pictures of {mode}": {"asked": asked, "encoded": encoded, "saved": 1 - encoded / asked}}
-    assert note
 
 
 def test_a_picture_stays_until_its_slot_is_needed(model, ids, pixels):
@@ -228,6 +229,22 @@ def test_the_same_picture_twice_in_a_request_counts_twice_where_all_are_attended
     request = {**ids("a##b#c"), "pixel_values": given, "max_new_tokens": 12}
     (reply,) = generate_batch(model, [request])
     assert reply.generated_tokens == alone(model, request)
+
+
+@pytest.mark.bars
+@pytest.mark.parametrize("mode", MODES)
+def test_a_thousand_questions_about_a_few_pictures_encode_each_once(make_model, ids, pixels, mode):
+    model, requests = make_model(media_attention=mode), []
+    for number in range(1000):
+        chosen = pixels(1, 8)[:, [number % 7, 7]][:, : 1 + number % 2]
+        row = ids("ab#" + "cd#" * (number % 2) + chr(97 + number % 23))
+        requests.append({**row, "pixel_values": chosen, "max_new_tokens": 6})
+    with BatchingEngine(model, num_slots=16) as engine:
+        replies = [result.generated_tokens for result in engine.generate(requests)]
+        asked, encoded = engine.pool.asked, engine.pool.encoded
+    assert replies[::20] == [alone(model, request) for request in requests[::20]]
+    assert (asked, encoded) == (1500, 8)
+    note_results("batching", {f"{mode}, pictures": {"asked": asked, "encoded": encoded, "saved": 1 - encoded / asked}})
 
 
 # Settings
@@ -347,6 +364,43 @@ def test_families_that_can_are_exact(make_model, make_requests, family):
     replies = [reply.generated_tokens for reply in generate_batch(model, requests)]
     assert replies == [alone(model, request) for request in requests]
     note_results("batching", {f"family {family}": {"equal": len(replies), "requests": len(requests)}})
+
+
+def answers_by(how, size, engine, ask):
+    """The answers to the tiny VQA set, so many at a time, and the seconds of the CPU and of the clock."""
+    model, processor, benchmark, queries, examples = ask
+    start, of_cpu, answers = time.perf_counter(), time.process_time(), []
+    for first in range(0, len(queries), size):
+        part = slice(first, first + size)
+        inputs = encode(processor, benchmark, "open_flamingo", examples[part], queries[part], len(examples[0]) > 0)
+        if how == "engine":
+            answers += write_answers(model, processor, inputs, benchmark, engine)
+        else:
+            ends = [processor.end_of_chunk_token_id, processor.tokenizer.eos_token_id]
+            settings = {"do_sample": False, "max_new_tokens": benchmark.max_new_tokens, "eos_token_id": ends}
+            ids = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+            answers += [benchmark.clean(answer) for answer in processor.batch_decode(ids, skip_special_tokens=True)]
+    return answers, {"cpu_s": time.process_time() - of_cpu, "wall_s": time.perf_counter() - start}
+
+
+@pytest.mark.bars
+@pytest.mark.parametrize("shots", [0, 4])
+def test_predictions_by_the_engine_are_those_of_padded_batches(tmp_path, shots):
+    benchmarks.write_vqav2(tmp_path, {"train2014": 60, "val2014": 128})
+    benchmark = BENCHMARKS["vqav2"]
+    support, queries = (read_samples(benchmark, tmp_path, is_support=part) for part in (True, False))
+    examples = [[support[number] for number in numbers] for numbers in draw(support)(queries, shots, 0)]
+    model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32).eval()
+    ask = model, AutoProcessor.from_pretrained(BASE), benchmark, queries, examples
+    with BatchingEngine(model, max_pictures=1 + shots, do_sample=False) as engine:
+        runs = {
+            f"{how}, {size} at a time": answers_by(how, size, engine, ask)
+            for how in ("padded", "engine")
+            for size in (8, 32)
+        }
+    assert len({tuple(answers) for answers, _ in runs.values()}) == 1
+    figures = {name: {key: round(value, 2) for key, value in times.items()} for name, (_, times) in runs.items()}
+    note_results("batching", {f"tiny VQA, {shots} shots, {len(queries)} queries, same predictions": figures})
 
 
 def test_a_model_on_several_devices_is_refused(make_model):

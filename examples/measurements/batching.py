@@ -9,6 +9,7 @@ the first token and between tokens, in ms, as the caller sees them. A setting th
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -21,7 +22,6 @@ import transformers
 from benchmark_models import DEVICE, DTYPE, OPEN_FLAMINGO_9B, TINY_BASE, Shape, build, free, inputs, synchronize
 from torch import nn
 from transformers import ContinuousBatchingConfig
-from transformers.utils import is_flash_attn_2_available
 
 from modeling_mmgpt.speed.batching import BatchingEngine
 
@@ -169,7 +169,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     result = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
     result |= {"shape": args.shape, "dtype": str(DTYPE), "tokens": args.tokens, "new_tokens": args.new_tokens}
-    result |= {"command": " ".join(sys.argv), "date": str(date.today()), "flash_attn": is_flash_attn_2_available()}
+    found = [name for name in ("flash_attn", "flash_attn_interface", "kernels") if importlib.util.find_spec(name)]
+    result |= {"command": " ".join(sys.argv), "date": str(date.today()), "packages": found}
     result["rows"] = []
     print(json.dumps(result), flush=True)
     model = build("mmgpt", SHAPES[args.shape])

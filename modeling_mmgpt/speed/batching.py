@@ -242,6 +242,24 @@ class BatchingEngine:
         """
         return self.manager.get_result(timeout=timeout)
 
+    def generate(self, requests: Iterable[Mapping[str, Any]]) -> list:
+        """Reply to requests, as [`generate_batch`] does; nobody else may take results meanwhile."""
+        results, names, ahead = {}, [], iter(requests)
+        while ahead is not None or len(results) < len(names):
+            while ahead is not None and self.requests.qsize() <= 2 * ENCODED_AT_ONCE:
+                request = next(ahead, None)
+                if request is None:
+                    ahead = None
+                else:
+                    replies = (self.settings | request).get("num_return_sequences") or 1
+                    names += names_of(self.add_request(**request), replies)
+            result = self.get_result(timeout=0.1)
+            if self.fatal_error is not None or (result is not None and result.error is not None):
+                raise RuntimeError(f"A request failed: {self.fatal_error or result.error}")
+            if result is not None:
+                results[result.request_id] = result
+        return [results[name] for name in names]
+
     @property
     def fatal_error(self) -> Exception | None:
         """What ended the engine; `None` while it runs."""
@@ -324,7 +342,8 @@ def build_manager(text_model: PreTrainedModel, config: Any, do_sample: bool) -> 
     from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
 
     if config is None:
-        on_cpu = {"page_size": 32, "num_blocks": 512, "max_batch_tokens": 1024}  # else it takes 60 % of the memory
+        # Else it takes 60 % of the memory; and attention over a packed row grows with its square.
+        on_cpu = {"page_size": 32, "num_blocks": 512, "max_batch_tokens": 256}
         config = ContinuousBatchingConfig(**(on_cpu if text_model.device.type == "cpu" else {}))
     config = copy.copy(config)
     config.allow_block_sharing = False
@@ -361,19 +380,5 @@ def generate_batch(
     Raises:
         RuntimeError: If a request failed.
     """
-    results, names = {}, []
     with BatchingEngine(model, generation_config, **options) as engine:
-        ahead, is_done = iter(requests), False
-        while not is_done or len(results) < len(names):
-            while not is_done and engine.requests.qsize() <= 2 * ENCODED_AT_ONCE:
-                request = next(ahead, None)
-                is_done = request is None
-                if not is_done:
-                    settings = engine.settings | request
-                    names += names_of(engine.add_request(**request), settings.get("num_return_sequences") or 1)
-            result = engine.get_result(timeout=0.1)
-            if engine.fatal_error is not None or (result is not None and result.error is not None):
-                raise RuntimeError(f"A request failed: {engine.fatal_error or result.error}")
-            if result is not None:
-                results[result.request_id] = result
-    return [results[name] for name in names]
+        return engine.generate(requests)
