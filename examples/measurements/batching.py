@@ -86,7 +86,10 @@ def measure_engine(model: nn.Module, shape: Shape, setting: str, args: argparse.
     most, rows = max(args.chats), []
     pages = most * -(-(args.tokens + args.new_tokens) // PAGE)
     config = ContinuousBatchingConfig(
-        page_size=PAGE, num_blocks=64 + int(1.25 * pages), max_batch_tokens=2048, **SETTINGS[setting]
+        page_size=PAGE,
+        num_blocks=64 + int(1.25 * pages),
+        max_batch_tokens=2048 if DEVICE == "cuda" else 256,
+        **SETTINGS[setting],
     )
     start = time.perf_counter()
     with BatchingEngine(model, config=config, num_slots=most, do_sample="sample" in setting) as engine:
