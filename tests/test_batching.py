@@ -247,6 +247,62 @@ def test_a_thousand_questions_about_a_few_pictures_encode_each_once(make_model, 
     note_results("batching", {f"{mode}, pictures": {"asked": asked, "encoded": encoded, "saved": 1 - encoded / asked}})
 
 
+def computed(model, requests, sharing, in_turn=7):
+    """The replies to requests, so many at a time, and how many tokens the LM computed."""
+    lm, count = model.model.text_model, []
+    forward = lm.forward
+    lm.forward = lambda **kwargs: count.append(kwargs["input_ids"].shape[1]) or forward(**kwargs)
+    config = ContinuousBatchingConfig(page_size=4, num_blocks=512, max_batch_tokens=256, allow_block_sharing=sharing)
+    with BatchingEngine(model, config=config) as engine:
+        parts = [requests[start : start + in_turn] for start in range(0, len(requests), in_turn)]
+        replies = [result.generated_tokens for part in parts for result in engine.generate(part)]
+    lm.forward = forward
+    return replies, sum(count)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prompts_that_begin_alike_with_the_same_pictures_are_computed_once(make_model, ids, pixels, mode):
+    model, requests = make_model(media_attention=mode), []
+    for number in range(21):
+        row = ids(("abcd#efghijkl#mnopqrst" if number % 7 else "abcdefghijklmnopqrstuv") + "xyz" * (number // 7))
+        given = torch.cat([pixels(1, 1, seed=number % 3), pixels(1, 1, seed=10 + number % 2)], dim=1)
+        requests.append({**row, "pixel_values": given, "max_new_tokens": 8})
+    expected = [alone(model, request) for request in requests]
+    for sharing in (True, False):
+        replies, tokens = computed(model, requests, sharing)
+        assert replies == expected
+        prompts = tokens - sum(len(reply) - 1 for reply in replies)
+        assert (prompts < 300) == sharing and prompts <= sum(request["input_ids"].shape[1] for request in requests)
+
+
+def test_a_chat_that_goes_on_computes_its_new_turn_and_encodes_its_new_picture(make_model, ids, pixels):
+    model, given = make_model(media_attention="all_preceding"), pixels(1, 4)
+    turns, pictures, asked = torch.zeros(1, 0, dtype=torch.long), 0, 0
+    with BatchingEngine(model, config=ContinuousBatchingConfig(**{**SMALL, "page_size": 4})) as engine:
+        for row in ("hello hello#", "what about # then?", "and now", "and # or #?"):
+            turns, pictures = torch.cat([turns, ids(row)["input_ids"]], dim=1), pictures + row.count("#")
+            asked += pictures
+            request = {"input_ids": turns, "pixel_values": given[:, :pictures], "max_new_tokens": 8}
+            (result,) = engine.generate([request])
+            assert result.generated_tokens == alone(model, request)
+            turns = torch.cat([turns, torch.tensor([result.generated_tokens])], dim=1)
+        assert (engine.pool.asked, engine.pool.encoded) == (asked, 4)
+        found = engine.manager.batch_processor.cache.search_prefix_match(
+            "another", engine.pool.mark(turns[0].tolist(), [])
+        )
+        assert found == 0  # the same tokens without the pictures
+
+
+def test_when_all_numbers_of_pictures_are_used_up_the_engine_begins_anew(model, ids, pixels):
+    rows = [{**ids("abcd#efgh"), "pixel_values": pixels(1, 1, seed=seed), "max_new_tokens": 6} for seed in range(30)]
+    rows += rows[:5]
+    with BatchingEngine(model, config=ContinuousBatchingConfig(**{**SMALL, "page_size": 4})) as engine:
+        engine.pool.vocabulary = 2**31 // 30
+        replies = [result.generated_tokens for result in engine.generate(rows)]
+        assert 0 < len(engine.pool.marks) < 15
+    assert replies == [alone(model, row) for row in rows]
+
+
 # Settings
 
 

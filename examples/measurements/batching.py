@@ -106,13 +106,13 @@ def measure_engine(model: nn.Module, shape: Shape, setting: str, args: argparse.
         if setting == "flash" and "flash" not in how["attention"]:
             raise RuntimeError("There is no flash attention here.")
         for number in args.chats:
-            requests = chats(shape, 2 * number, args.tokens)  # the second half with pictures that are new
+            requests = chats(shape, 3 * number, args.tokens)  # no picture and no prompt comes twice
             run_at_once(engine, requests[:number], args.new_tokens, streaming=False)
             engine.pool.encoded = 0
             row = {**how, "chats": number}
-            row |= run_at_once(engine, requests[number:], args.new_tokens, streaming=False)
+            row |= run_at_once(engine, requests[number : 2 * number], args.new_tokens, streaming=False)
             row["encoded"] = engine.pool.encoded
-            streamed = run_at_once(engine, requests[:number], args.new_tokens, streaming=True)
+            streamed = run_at_once(engine, requests[2 * number :], args.new_tokens, streaming=True)
             row |= {f"streamed_{name}": value for name, value in streamed.items()}
             row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1) if DEVICE == "cuda" else None
             rows.append(row)

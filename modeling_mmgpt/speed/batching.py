@@ -5,7 +5,6 @@ meant for logits processors; ours say which tokens are pictures and where their 
 of the LM makes what the gated blocks are handed. https://huggingface.co/docs/transformers/continuous_batching
 """
 
-import copy
 import queue
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -112,8 +111,8 @@ class BatchingEngine:
     Args:
         model: The model that generates, on one device.
         generation_config: Defaults of the requests; those of the model if `None`.
-        config: A `ContinuousBatchingConfig`; its `allow_block_sharing` is turned off, since it takes tokens alone for
-            a prefix. By default on a CPU a small cache, and elsewhere most of the device's memory.
+        config: A `ContinuousBatchingConfig`. By default on a CPU a small cache, and elsewhere most of the device's
+            memory. Prompts that begin alike, pictures included, are computed once as far as whole pages go.
         num_slots: Pictures whose keys and values are held, at 1 MiB each for the sizes of OpenFlamingo-9B.
         max_pictures: Pictures of a request at most.
         do_sample: Whether requests may sample. Without, a step is spared a sorting of the vocabulary.
@@ -271,12 +270,15 @@ class BatchingEngine:
             return []
         scheduler, pool = self.manager.batch_processor.scheduler, self.pool
         running = {name.partition("__child#")[0] for name in (*scheduler.active_requests, *scheduler.waiting_requests)}
+        if not pool.has_marks and not running:  # begin anew, and find nothing by the old ones
+            self.manager.batch_processor.cache.evict_cached_blocks()
+            pool.marks.clear()
         self._drop_handlers({name: replies for name, (_, replies) in self.held.items() if name not in running})
         self.held = {name: held for name, held in self.held.items() if name in running}
         in_use = set().union(*(keys for keys, _ in self.held.values()))
         states, new = [], {}
         with self.requests.mutex:
-            while self.requests.queue and len(new) < ENCODED_AT_ONCE:
+            while self.requests.queue and pool.has_marks and len(new) < ENCODED_AT_ONCE:
                 state = self.requests.queue[0]
                 pictures, replies = (state.logit_processor_kwargs[name] for name in ("pictures", "replies"))
                 added = pool.reserve(pictures, in_use)
@@ -286,6 +288,8 @@ class BatchingEngine:
                 self.held[state.request_id] = {picture.key for picture in pictures}, replies
                 in_use |= self.held[state.request_id][0]
                 state.num_children = replies - 1
+                state.initial_tokens = pool.mark(state.initial_tokens, pictures)
+                state.remaining_prefill_tokens = state.initial_tokens[:]
                 state.logit_processor_kwargs |= {"pictures": pool.numbers(pictures)}
                 states.append(state)
                 self.requests.take(state)
@@ -311,7 +315,8 @@ class BatchingEngine:
             return None
         numbers, starts, positions = (kwargs[k] for k in ("logits_processor_args", "cu_seq_lens_q", "position_ids"))
         conditioning = self.pool.condition(numbers, starts[1:], positions[0], self.is_static)
-        added = {} if conditioning is None else {"conditioning": conditioning}
+        added = {"input_ids": kwargs["input_ids"] % self.pool.vocabulary}
+        added |= {} if conditioning is None else {"conditioning": conditioning}
         # Where there is a mask, `is_causal=False` changes nothing here, but a `generate()` beside it: transformers
         # writes it into the config as long as the step runs.
         return args, {name: value for name, value in kwargs.items() if (name, value) != ("is_causal", False)} | added
@@ -345,8 +350,6 @@ def build_manager(text_model: PreTrainedModel, config: Any, do_sample: bool) -> 
         # Else it takes 60 % of the memory; and attention over a packed row grows with its square.
         on_cpu = {"page_size": 32, "num_blocks": 512, "max_batch_tokens": 256}
         config = ContinuousBatchingConfig(**(on_cpu if text_model.device.type == "cpu" else {}))
-    config = copy.copy(config)
-    config.allow_block_sharing = False
     manager = ContinuousBatchingManager(text_model, GenerationConfig(do_sample=do_sample), config)
     if missing := [name for name in ATTRIBUTES if not hasattr(manager, name)]:
         raise ImportError(

@@ -93,6 +93,8 @@ class PicturePool:
         self.layers = [KeysValues(latents.new_zeros(shape), latents.new_zeros(shape)) for _ in self.blocks]
         self.chosen: tuple[torch.Tensor, Layers] | None = None
         self.slots: OrderedDict[Any, int] = OrderedDict((slot, slot) for slot in range(1, 1 + num_slots))
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.marks: dict[tuple, int] = {}  # what makes equal tokens unlike, numbered from 2
         self.asked = self.encoded = 0  # pictures of all requests, and those that were not there yet
 
     def find_pictures(
@@ -134,6 +136,28 @@ class PicturePool:
         padding = [0] * (self.max_pictures - len(pictures))
         slots = [self.slots[picture.key] for picture in pictures]
         return [*(picture.place for picture in pictures), *padding, *slots, *padding]
+
+    def mark(self, ids: list[int], pictures: list[Picture]) -> list[int]:
+        """Make ids unlike where what the LM makes of them is unlike, so that the engine finds equal prompts.
+
+        An `<image>` tells its picture, and the first token whether there is any, or in `following`, where tokens look
+        ahead, which there are. `id % V` is the id.
+        """
+
+        def number(of: tuple) -> int:
+            return self.marks.setdefault(of, 2 + len(self.marks))
+
+        marked, is_following = list(ids), self.model.config.media_attention == "following"
+        if pictures:
+            marked[0] += self.vocabulary * (number(tuple(p.key for p in pictures)) if is_following else 1)
+        for picture in pictures if not is_following else ():
+            marked[picture.place] = ids[picture.place] + self.vocabulary * number(picture.key)
+        return marked
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether a request of `max_pictures` new pictures can be marked; marked ids are of 32 bits."""
+        return self.vocabulary * (3 + len(self.marks) + self.max_pictures) < 2**31
 
     def reserve(self, pictures: Iterable[Picture], in_use: set) -> dict[tuple, Picture] | None:
         """Give each picture a slot, and return those that have to be encoded; `None` if there are not enough slots.
