@@ -225,10 +225,12 @@ def test_a_picture_stays_until_its_slot_is_needed(model, ids, pixels):
 
 def test_the_same_picture_twice_in_a_request_counts_twice_where_all_are_attended_to(make_model, ids, pixels):
     model = make_model(media_attention="all_preceding")
-    given = pixels(1, 2)[:, [0, 0, 1]]
-    request = {**ids("a##b#c"), "pixel_values": given, "max_new_tokens": 12}
-    (reply,) = generate_batch(model, [request])
-    assert reply.generated_tokens == alone(model, request)
+    given = pixels(1, 2)[:, [0, 0, 0, 1, 0, 1]]
+    requests = [
+        {**ids(row), "pixel_values": given, "max_new_tokens": 12} for row in ("a##b##c##", "###a###d", "x####y")
+    ]
+    replies = [result.generated_tokens for result in generate_batch(model, requests)]
+    assert replies == [alone(model, request) for request in requests]
 
 
 @pytest.mark.bars
