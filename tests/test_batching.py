@@ -31,7 +31,7 @@ from processing_mmgpt.evaluation.benchmarks import BENCHMARKS, read_samples
 
 
 MODES = ("preceding", "all_preceding", "following")
-REFUSED = ("stablelm", "falcon", "gpt_neo", "mpt", "bloom")
+REFUSED = ("stablelm", "falcon", "gpt_neo", "mpt", "bloom", "gpt_neox", "opt")
 ROWS = ("ab#cd#ef", "abcdef", "#abc", "##", "a#b#c#d#" + "xyz" * 30, "hello world" * 9, "q#w#e", "ab#cd#ef")
 ROWS += ("a" + "#" * 16, "just text", "#", "zz#" + "y" * 50, "ab#cd#efg", "# #", "some more text", "#!#?#")
 SMALL = {"page_size": 16, "num_blocks": 128, "max_batch_tokens": 256}

@@ -22,6 +22,8 @@ from .sampling import check_settings, choose_by, sampling_numbers
 
 
 ENCODED_AT_ONCE = 16  # pictures; the requests under way wait for them
+# Families that say they can be batched and raise: they use a cache in ways that the paged one knows nothing of.
+OF_OTHER_CACHES = ("gpt_neox", "opt")
 # What is used of the manager beside its methods.
 ATTRIBUTES = ("background_thread_status", "batch_processor", "input_queue", "logit_processor", "output_router")
 
@@ -329,7 +331,7 @@ def check_model(model: PreTrainedModel) -> None:
         ValueError: If it cannot; some families would raise, some would be wrong in silence.
     """
     text_model = model.model.text_model
-    if not text_model._supports_attention_backend:
+    if not text_model._supports_attention_backend or text_model.config.model_type in OF_OTHER_CACHES:
         raise ValueError(
             f"{type(text_model).__name__} cannot be batched continuously: its attention knows of no paged cache. Call "
             "`generate()`, whose rows are padded."
