@@ -213,16 +213,15 @@ class PicturePool:
             is_static: Whether all slots have to be there, for every step to have the same shapes.
         """
         places, slots = numbers[: 2 * self.max_pictures].chunk(2)
-        layers, num_slots = Layers(self.layers), 1 + len(self.slots)
-        if not is_static:
-            used = torch.cat([slots.new_zeros(1), slots.flatten()]).unique()
-            if len(used) == 1:
-                return None
-            layers, slots, num_slots = self.choose(used), torch.searchsorted(used, slots.contiguous()), len(used)
         mode = self.model.config.media_attention
-        seen, has_images = attended_slots(places, slots, ends, positions, mode, num_slots)
-        attends = seen.any(dim=1)
+        seen, has_images = attended_slots(places, slots, ends, positions, mode, 1 + len(self.slots))
+        attends, layers = seen.any(dim=1), Layers(self.layers)
         seen = torch.cat([~attends[:, None], seen[:, 1:]], dim=1)
+        if not is_static:
+            if not has_images.any():
+                return None
+            used = seen.any(dim=0).nonzero()[:, 0]
+            seen, layers = seen[:, used], self.choose(used)
         return Conditioning(
             image_latents=None,
             attends=attends[None, :, None],
