@@ -144,7 +144,7 @@ class BatchingEngine:
         suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.model.text_model.device)
         self.manager.logit_processor = RequestNumbers(self.pool.max_pictures, do_sample, suppressed)
         self.manager.input_queue = self.requests = Admission(self)
-        self.names = (f"request-{number}" for number in count())
+        self.ids = count()
         self.held: dict[str, tuple[set, int]] = {}  # of requests let in: keys of their pictures, number of replies
 
     def __enter__(self) -> "BatchingEngine":
@@ -159,7 +159,7 @@ class BatchingEngine:
             self.manager.warmup()
             stack.callback(self.manager.stop, hard_stop=True)
             self.room = self.manager.batch_processor.cache.num_blocks * config.page_size
-            self.room = min(self.room, getattr(self.config.text_config, "max_position_embeddings", self.room))
+            self.room = min(self.room, getattr(self.config.text_config, "max_position_embeddings", None) or self.room)
             self.manager.start()
             self.on_exit = stack.pop_all()
         return self
@@ -208,7 +208,7 @@ class BatchingEngine:
             raise ValueError(f"Got {len(ids)} tokens and {new_tokens} new ones: there is room for 1 to {self.room}.")
         request_id = self.manager.add_request(
             ids,
-            request_id=request_id or next(self.names),
+            request_id=request_id or f"request-{next(self.ids)}",
             max_new_tokens=new_tokens,
             eos_token_id=settings.get("eos_token_id"),
             streaming=streaming,
@@ -257,7 +257,7 @@ class BatchingEngine:
             result = self.get_result(timeout=0.1)
             if self.fatal_error is not None or (result is not None and result.error is not None):
                 raise RuntimeError(f"A request failed: {self.fatal_error or result.error}")
-            if result is not None:
+            if result is not None and result.is_finished():
                 results[result.request_id] = result
         return [results[name] for name in names]
 
