@@ -349,9 +349,10 @@ def build_manager(text_model: PreTrainedModel, config: Any, do_sample: bool) -> 
     from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
 
     if config is None:
-        # Else it takes 60 % of the memory; and attention over a packed row grows with its square.
+        # On a CPU it would take most of the memory, and attention over a packed row grows with its square.
         on_cpu = {"page_size": 32, "num_blocks": 512, "max_batch_tokens": 256}
-        config = ContinuousBatchingConfig(**(on_cpu if text_model.device.type == "cpu" else {}))
+        elsewhere = {"max_memory_percent": 0.8}  # the tower and sampling need some
+        config = ContinuousBatchingConfig(**(on_cpu if text_model.device.type == "cpu" else elsewhere))
     manager = ContinuousBatchingManager(text_model, GenerationConfig(do_sample=do_sample), config)
     if missing := [name for name in ATTRIBUTES if not hasattr(manager, name)]:
         raise ImportError(
