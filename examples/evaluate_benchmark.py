@@ -8,6 +8,9 @@ tiny world writes such folders: `python examples/write_benchmarks.py outputs/ben
 scored once for each seed, which draws the examples. `predictions/SHOTS-SEED/` holds a line of JSON for each query.
 Killed and started again, with the same or another number of processes, it goes on where it was: at most the batches
 under way are lost, and the scores are the same. `scores.json` has the scores and the standard errors over the seeds.
+
+With `--greedy` answers are not searched with three beams, as the protocol has it, but written many at once by
+continuous batching; a larger `--batch_size` is then faster.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel
 
 from modeling_mmgpt.saving.whole import whole
+from modeling_mmgpt.speed.batching import BatchingEngine
 from modeling_mmgpt.vision_mmgpt import pooled_features
 from processing_mmgpt import MMGPTProcessor
 from processing_mmgpt.evaluation.benchmarks import (
@@ -85,15 +90,22 @@ def encode(
 
 @torch.inference_mode()
 def write_answers(
-    model: PreTrainedModel, processor: MMGPTProcessor, inputs: BatchFeature, benchmark: Benchmark
+    model: PreTrainedModel,
+    processor: MMGPTProcessor,
+    inputs: BatchFeature,
+    benchmark: Benchmark,
+    engine: BatchingEngine | None = None,
 ) -> list[str]:
-    """Let the model write an answer to each prompt of a batch."""
+    """Let the model write an answer to each prompt of a batch: by beams, or greedily by an engine if there is one."""
     ends = [processor.end_of_chunk_token_id, processor.tokenizer.eos_token_id]
-    ids = model.generate(
-        **inputs.to(model.device), **DECODING, max_new_tokens=benchmark.max_new_tokens, eos_token_id=ends
-    )
-    replies = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [benchmark.clean(reply) for reply in replies]
+    settings = {"max_new_tokens": benchmark.max_new_tokens, "eos_token_id": ends}
+    if engine is None:
+        ids = model.generate(**inputs.to(model.device), **DECODING, **settings)[:, inputs["input_ids"].shape[1] :]
+    else:
+        rows = zip(*(tensor.split(1) for tensor in inputs.values()), strict=True)
+        requests = [dict(zip(inputs.keys(), row, strict=True)) | settings for row in rows]
+        ids = [result.generated_tokens for result in engine.generate(requests)]
+    return [benchmark.clean(reply) for reply in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
 @torch.inference_mode()
@@ -230,6 +242,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_samples", type=int, help="score so many queries; by default all")
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--greedy", action="store_true", help="write answers many at once, without beams")
     return parser.parse_args()
 
 
@@ -260,18 +273,23 @@ def main() -> None:
         examples = [[support[number] for number in numbers] for numbers in chosen]
         inputs = encode(processor, benchmark, args.form, examples, batch, with_images=shots > 0)
         if benchmark.max_new_tokens:
-            return write_answers(model, processor, inputs, benchmark)
+            return write_answers(model, processor, inputs, benchmark, engine)
         return [rank_classes(model, processor, inputs, batch[0]["classes"])]
 
-    table = {}
-    for shots in args.shots:
-        runs = []
-        for seed in args.seeds:
-            folder = args.output_dir / "predictions" / f"{shots}-{seed}"
-            done = predict(folder, batches, partial(answer, shots, seed), f"{shots} shots, seed {seed}")
-            runs.append(benchmark.score(queries, [done[query["id"]] for query in queries]))
-        table[shots] = {name: summary([run[name] for run in runs]) for name in runs[0]}
-        state.print(f"{shots} shots:", *(f"{name} {row['mean']:.2f}" for name, row in table[shots].items()))
+    table, engine = {}, None
+    with ExitStack() as stack:
+        if args.greedy and benchmark.max_new_tokens:
+            most = 1 + max(args.shots)  # pictures of a prompt
+            engine = BatchingEngine(model, num_slots=max(64, 4 * most), max_pictures=most, do_sample=False)
+            stack.enter_context(engine)
+        for shots in args.shots:
+            runs = []
+            for seed in args.seeds:
+                folder = args.output_dir / "predictions" / f"{shots}-{seed}"
+                done = predict(folder, batches, partial(answer, shots, seed), f"{shots} shots, seed {seed}")
+                runs.append(benchmark.score(queries, [done[query["id"]] for query in queries]))
+            table[shots] = {name: summary([run[name] for run in runs]) for name in runs[0]}
+            state.print(f"{shots} shots:", *(f"{name} {row['mean']:.2f}" for name, row in table[shots].items()))
     if state.is_main_process:
         write_json(args.output_dir / "scores.json", table)
 

@@ -346,9 +346,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         Raises:
             ValueError: If the pictures have another shape or size, or are of another number of rows.
         """
-        # A tower of transformers checks the size itself, or takes several, as DINOv2 does.
-        size = None if isinstance(self.vision_tower, PreTrainedModel) else self.config.vision_config.image_size
-        _check_pixels(pixel_values, size, image_numbers)
+        self.check_pixels(pixel_values, image_numbers)
         if pixel_values.dim() == 5:
             pixel_values = pixel_values[:, :, None]
         if image_numbers is None:
@@ -369,25 +367,26 @@ class MMGPTModel(MMGPTPreTrainedModel):
         tokens = patch_tokens(self.vision_tower, pixels)  # (B*M*F, P, D_vision)
         return self.resampler(tokens.unflatten(0, pixel_values.shape[:3]), num_frames, places)
 
-
-def _check_pixels(pixel_values: torch.Tensor, size: int | None, image_numbers: torch.Tensor | None) -> None:
-    """Raise unless pictures have a shape and size that the tower takes, and are of as many rows as the text."""
-    shape = tuple(pixel_values.shape)
-    if len(shape) not in (5, 6) or shape[-3] != 3:
-        raise ValueError(
-            f"`pixel_values` has the shape {shape}; it has to be (rows, images, 3, height, width), or (rows, images, "
-            "frames, 3, height, width) for videos: give what the processor returns."
-        )
-    if size is not None and shape[-2:] != (size, size):
-        raise ValueError(
-            f"The pictures have {shape[-2]} x {shape[-1]} pixels, and the vision tower takes {size} x {size}: use the "
-            "processor of this model, or one with this `size`."
-        )
-    if image_numbers is not None and len(image_numbers) != shape[0]:
-        raise ValueError(
-            f"`pixel_values` holds pictures of {shape[0]} rows, and `input_ids` has {len(image_numbers)} rows: give "
-            "both for the same rows."
-        )
+    def check_pixels(self, pixel_values: torch.Tensor, image_numbers: torch.Tensor | None) -> None:
+        """Raise unless pictures have a shape and size that the tower takes, and are of as many rows as the text."""
+        # A tower of transformers checks the size itself, or takes several, as DINOv2 does.
+        size = None if isinstance(self.vision_tower, PreTrainedModel) else self.config.vision_config.image_size
+        shape = tuple(pixel_values.shape)
+        if len(shape) not in (5, 6) or shape[-3] != 3:
+            raise ValueError(
+                f"`pixel_values` has the shape {shape}; it has to be (rows, images, 3, height, width), or (rows, "
+                "images, frames, 3, height, width) for videos: give what the processor returns."
+            )
+        if size is not None and shape[-2:] != (size, size):
+            raise ValueError(
+                f"The pictures have {shape[-2]} x {shape[-1]} pixels, and the vision tower takes {size} x {size}: use "
+                "the processor of this model, or one with this `size`."
+            )
+        if image_numbers is not None and len(image_numbers) != shape[0]:
+            raise ValueError(
+                f"`pixel_values` holds pictures of {shape[0]} rows, and `input_ids` has {len(image_numbers)} rows: give "
+                "both for the same rows."
+            )
 
 
 def _keep_weights(module: nn.Module | None) -> None:

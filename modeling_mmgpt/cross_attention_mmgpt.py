@@ -83,12 +83,17 @@ class MaskedCrossAttention(nn.Module):
         if image_latents is None:
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
-            kv = self.to_kv(image_latents.flatten(1, 2))  # (B, M*N, 2*H*head_dim)
-            key, value = (split_heads(x, self.num_heads) for x in kv.chunk(2, dim=-1))  # (B, H, M*N, head_dim)
+            key, value = self.keys_values(image_latents)
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
         attended, weights = attend(self, query, key, value, mask)
         return self.to_out(attended), weights
+
+    def keys_values(self, image_latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `(B, M, N, D_vision)` to keys and values, each `(B, H, M*N, head_dim)`."""
+        kv = self.to_kv(image_latents.flatten(1, 2))  # (B, M*N, 2*H*head_dim)
+        key, value = (split_heads(x, self.num_heads) for x in kv.chunk(2, dim=-1))
+        return key, value
 
 
 class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):

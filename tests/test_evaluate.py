@@ -106,6 +106,19 @@ def test_answers_are_cut_out_of_replies_as_in_the_reference():
     assert short_answer_of("1,000 Question: why") == "1,000"
 
 
+def test_greedy_answers_by_an_engine_are_those_of_generate(folders, model, processor):
+    benchmark = BENCHMARKS["vqav2"]
+    support, queries = (read_samples(benchmark, folders / "vqav2", is_support=part) for part in (True, False))
+    examples = [support[k : k + k % 3] for k in range(len(queries))]  # rows of different lengths and pictures
+    inputs = evaluate_benchmark.encode(processor, benchmark, "open_flamingo", examples, queries, True)
+    settings = {"do_sample": False, "max_new_tokens": benchmark.max_new_tokens, "eos_token_id": [257, 258]}
+    ids = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    expected = [benchmark.clean(reply) for reply in processor.batch_decode(ids, skip_special_tokens=True)]
+    with evaluate_benchmark.BatchingEngine(model, do_sample=False) as engine:
+        assert evaluate_benchmark.write_answers(model, processor, inputs, benchmark, engine) == expected
+    assert len(set(expected)) > 1
+
+
 # Classes
 
 
