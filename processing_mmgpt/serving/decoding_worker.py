@@ -1,7 +1,7 @@
 """Decodes pictures for `pictures.PictureDecoder`, one after the other, as a process that can be ended.
 
 It is run by its path, and imports Pillow, numpy and one file of ours; the package itself would bring torch along.
-Jobs come as pickles of the server on the standard input. Answers go back as plain bytes, because a picture of a stranger
+Jobs come as pickles of the server on the standard input. Answers go back as plain bytes, because a stranger's picture
 has been at work here: a length, whether it went well, and the pixels or a sentence.
 """
 

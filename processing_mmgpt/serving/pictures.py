@@ -6,8 +6,9 @@ import pickle
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import fields
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,8 +21,10 @@ from ..image_files_mmgpt import ImageError, ImagePolicy
 
 WORKER = Path(__file__).with_name("decoding_worker.py")
 WORKERS = 2
-SECONDS = 5.0  # for one picture
-MEMORY = 512 * 2**20  # bytes of a process that decodes; the largest picture of the default policy takes 200 MB
+SECONDS = 8.0  # for one picture; the slowest that is allowed takes 4 on a busy machine
+MEMORY = 640 * 2**20  # bytes of a process that decodes; a progressive JPEG of 50 million pixels takes 550 MB
+# numpy's threads would count as memory, and glibc would keep what a large picture took.
+FRUGAL = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
 MAX_FETCHING = 8  # pictures that are fetched at the same time
 
 
@@ -75,9 +78,7 @@ class PictureDecoder:
 
     async def _square(self, source: Any) -> Image.Image:
         if self.policy.fetch is not None and isinstance(source, str) and source[:5].lower().startswith("http"):
-            source = await asyncio.wrap_future(
-                self.fetching.submit(self.policy.fetch, source, self.policy.max_bytes)
-            )
+            source = await asyncio.wrap_future(self.fetching.submit(self.policy.fetch, source, self.policy.max_bytes))
         return await asyncio.wrap_future(self.submit(source))
 
     def submit(self, source: Any) -> "Future[Image.Image]":
@@ -97,6 +98,12 @@ class PictureDecoder:
             raise ImageError(answer.decode())
         return Image.frombytes("RGB", (self.size, self.size), answer)
 
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """End the processes with an application, as its `lifespan`."""
+        yield
+        self.close()
+
     def close(self) -> None:
         """End the processes, whatever they are at."""
         for threads in (self.decoding, self.fetching):
@@ -115,8 +122,8 @@ class _Worker:
         """Let it decode; raises `EOFError` or `OSError` if it ends over it."""
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy's threads would count as its memory
+                [sys.executable, "-P", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, **FRUGAL},
             )  # fmt: skip
             pickle.dump(self.settings, self.process.stdin)
         pickle.dump(source, self.process.stdin)
