@@ -11,7 +11,6 @@ answered by an engine. What guards the first two lies in `processing_mmgpt/servi
 """
 
 import argparse
-import asyncio
 import json
 import logging
 import os
@@ -20,14 +19,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from starlette.middleware import Middleware
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -37,6 +35,7 @@ from processing_mmgpt.serving.bounds import Bounds
 from processing_mmgpt.serving.callers import callers
 from processing_mmgpt.serving.fetching import fetch
 from processing_mmgpt.serving.pictures import PictureDecoder
+from processing_mmgpt.serving.preparing import prepare, room
 from processing_mmgpt.serving.refusing import refusal
 from processing_mmgpt.serving.replies import Engine, OneByOne, Prompt, until_stop
 from processing_mmgpt.serving.running import run
@@ -44,8 +43,8 @@ from processing_mmgpt.serving.running import run
 
 BOUNDS = {"max_body": 64 * 2**20, "max_held": 256 * 2**20, "max_at_work": 128}
 MAX_MESSAGES, MAX_PARTS, MAX_PICTURES = 1000, 64, 16  # of a request, of a message, of a request
-MAX_TEXT = 1_000_000  # characters of a request
-LETTERS = 32  # characters that a token stands for at the most, before anything is tokenized
+MAX_TEXT, MAX_ELEMENTS = 1_000_000, 20_000  # characters of a request; its fields, parts and brackets
+COLDEST = 0.01  # temperature: colder ones divide to what is no number, which on a GPU ends the process's context
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -110,14 +109,30 @@ class Chat(Strict):
     stream: bool = False
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: Literal[0] | Annotated[float, Field(ge=0.01, le=2)] | None = None  # lower ones leave no finite number
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
-    n: Literal[1] = 1
-    frequency_penalty: Literal[0] = 0
-    presence_penalty: Literal[0] = 0
+    n: int = Field(1, ge=1, le=1)
+    frequency_penalty: float = Field(0, ge=0, le=0)
+    presence_penalty: float = Field(0, ge=0, le=0)
     stream_options: dict | None = None  # usage is always told
     user: str | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _leaves_numbers(cls, value: float | None) -> float | None:
+        if value and value < COLDEST:
+            raise ValueError(f"between 0 and {COLDEST} there is nothing left to sample; 0 takes the likeliest token")
+        return value
+
+
+def count_elements(body: bytes) -> int:
+    """About how many elements a JSON text has, without reading it; what stands in strings does not count."""
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")  # every quote that is left begins or ends a string
+    strings = plain.count(b'"') // 2
+    if strings > MAX_ELEMENTS:
+        return strings
+    return sum(part.count(mark) for part in plain.split(b'"')[::2] for mark in (b",", b"[", b"{"))
 
 
 def read_chat(body: bytes) -> Chat:
@@ -126,8 +141,8 @@ def read_chat(body: bytes) -> Chat:
     Raises:
         ValueError: If it is none, or holds too much.
     """
-    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_TEXT + 100 * MAX_MESSAGES:  # texts and all elements together
-        raise ValueError("The request has too many elements.")
+    if count_elements(body) > MAX_ELEMENTS:
+        raise ValueError(f"A request may have {MAX_ELEMENTS:,} elements.")
     try:
         chat = Chat.model_validate_json(body)
     except ValidationError as error:
@@ -144,33 +159,21 @@ def read_chat(body: bytes) -> Chat:
 # How it is prepared
 
 
-async def prepare(
+async def to_prompt(
     chat: Chat, processor: MMGPTProcessor, decoder: PictureDecoder, longest: int, max_new_tokens: int
 ) -> Prompt:
-    """Render a chat, and open its pictures if there is room for it.
-
-    Args:
-        chat: The request.
-        processor: Renders it.
-        decoder: Opens its pictures.
-        longest: Tokens that the model has room for.
-        max_new_tokens: The most tokens of a reply.
+    """Prepare a request for the engine.
 
     Raises:
         ValueError: If it cannot be answered as it is.
     """
     messages = [{"role": message.role, "content": [*map(as_ours, message.parts())]} for message in chat.messages]
-    letters = sum(len(part.get("text", "")) for message in messages for part in message["content"])
-    if letters > LETTERS * longest:
-        raise ValueError(f"The chat has {letters} characters; the model has room for {longest} tokens.")
-    encoded = await asyncio.to_thread(processor.encode_chat, messages, add_generation_prompt=True)
-    if (length := len(encoded.input_ids)) >= longest:
-        raise ValueError(f"The chat has {length} tokens; with the reply the model has room for {longest}.")
+    encoded = await prepare(messages, processor, decoder, longest)
     wanted = chat.max_completion_tokens or chat.max_tokens or max_new_tokens
     unsaid = 0.0 if chat.top_p is None else 1.0
     return Prompt(
-        chat=replace(encoded, images=await decoder.squares(encoded.images)),
-        max_new_tokens=min(wanted, max_new_tokens, longest - length),
+        encoded,
+        max_new_tokens=min(wanted, max_new_tokens, longest - len(encoded.input_ids)),
         temperature=unsaid if chat.temperature is None else chat.temperature,
         top_p=1.0 if chat.top_p is None else chat.top_p,
     )
@@ -186,7 +189,7 @@ def as_ours(part: ImagePart | TextPart) -> dict:
 # How it is answered
 
 
-def build_app(name: str, prepare: Callable[[Chat], Awaitable[Prompt]], engine: Engine, **options) -> FastAPI:
+def build_app(name: str, to_prompt: Callable[[Chat], Awaitable[Prompt]], engine: Engine, **options) -> FastAPI:
     """Make the web application: chats, the name of the model, and whether it is there."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, **options)
 
@@ -196,7 +199,7 @@ def build_app(name: str, prepare: Callable[[Chat], Awaitable[Prompt]], engine: E
             chat = read_chat(await request.body())
             if chat.model not in (None, name):
                 raise ValueError(f"This server is pinned to {name!r}; asked for was {shorten(chat.model)}.")
-            prompt = await prepare(chat)
+            prompt = await to_prompt(chat)
         except ValueError as error:
             return refusal(400, str(error))
         request.state.let_go()
@@ -281,14 +284,11 @@ def main() -> None:
         sys.exit(f"{args.model} cannot be loaded, or its base cannot: {error}")
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     policy = ImagePolicy(fetch=partial(fetch, hosts=args.image_host) if args.image_host else None)
-    decoder = PictureDecoder(processor.image_processor.size, policy)
-    positions = processor.tokenizer.model_max_length  # for a model of unlimited positions
-    longest = getattr(model.config.text_config, "max_position_embeddings", positions)
-    prepared = partial(
-        prepare, processor=processor, decoder=decoder, longest=longest, max_new_tokens=args.max_new_tokens
-    )
+    decoder = PictureDecoder(policy)
+    limits = {"longest": room(model, processor), "max_new_tokens": args.max_new_tokens}
+    prompts = partial(to_prompt, processor=processor, decoder=decoder, **limits)
     guards = [*callers([args.host, *args.allowed_host], args.api_key), Middleware(Bounds, **BOUNDS)]
-    app = build_app(name, prepared, OneByOne(model, processor), middleware=guards, lifespan=decoder.lifespan)
+    app = build_app(name, prompts, OneByOne(model, processor), middleware=guards, lifespan=decoder.lifespan)
     run(app, args.host, args.port)
 
 

@@ -27,13 +27,13 @@ def main() -> None:
     """Take the settings, then a picture after the other, until the server ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
-    size, policy, seconds, memory = pickle.load(jobs)
+    policy, seconds, memory = pickle.load(jobs)
     policy = ImagePolicy(**policy)
     if "resource" in globals():
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     with open(os.devnull, "w") as nowhere, contextlib.suppress(EOFError):
         while True:
-            source = pickle.load(jobs)
+            source, size = pickle.load(jobs)
             faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)  # also in the midst of a decoder
             try:
                 answer = b"\1" + square(open_image(source, policy), size).tobytes()

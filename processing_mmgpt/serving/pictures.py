@@ -35,7 +35,6 @@ class PictureDecoder:
     starts in a tenth of a second and holds 40 MB.
 
     Args:
-        size: Side of the squares, in pixels: the image processor's.
         policy: What may be opened. Its `fetch` is called here, in a thread, not in the processes.
         seconds: What one picture may take.
         memory: Bytes that a process may hold; not kept on Windows.
@@ -44,28 +43,28 @@ class PictureDecoder:
 
     def __init__(
         self,
-        size: int,
         policy: ImagePolicy,
         *,
         seconds: float = SECONDS,
         memory: int = MEMORY,
         workers: int = WORKERS,
     ):
-        self.size, self.policy = size, policy
+        self.policy = policy
         self.limits = f"{seconds:g} seconds or {memory // 2**20} MiB"
         kept = {field.name: getattr(policy, field.name) for field in fields(policy) if field.name != "fetch"}
-        self.workers = [_Worker((size, kept, seconds, memory)) for _ in range(workers)]
+        self.workers = [_Worker((kept, seconds, memory)) for _ in range(workers)]
         self.idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self.workers:
             self.idle.put(worker)
         self.decoding = ThreadPoolExecutor(workers, thread_name_prefix="decoding")
         self.fetching = ThreadPoolExecutor(MAX_FETCHING, thread_name_prefix="fetching")
 
-    async def squares(self, sources: Iterable[Any]) -> list[Image.Image]:
+    async def squares(self, sources: Iterable[Any], size: int) -> list[Image.Image]:
         """Open pictures one after the other; when it is cancelled, those that have not begun are dropped.
 
         Args:
             sources: Each as for `open_image`, and such that it can be pickled.
+            size: Side of the squares, in pixels: the image processor's.
 
         Returns:
             RGB pictures of `(size, size)`.
@@ -74,21 +73,21 @@ class PictureDecoder:
             ImageError: If one is refused, or takes too much.
             FileNotFoundError: If there is no such file.
         """
-        return [await self._square(source) for source in sources]
+        return [await self._square(source, size) for source in sources]
 
-    async def _square(self, source: Any) -> Image.Image:
+    async def _square(self, source: Any, size: int) -> Image.Image:
         if self.policy.fetch is not None and isinstance(source, str) and source[:5].lower().startswith("http"):
             source = await asyncio.wrap_future(self.fetching.submit(self.policy.fetch, source, self.policy.max_bytes))
-        return await asyncio.wrap_future(self.submit(source))
+        return await asyncio.wrap_future(self.submit(source, size))
 
-    def submit(self, source: Any) -> "Future[Image.Image]":
+    def submit(self, source: Any, size: int) -> "Future[Image.Image]":
         """Open one picture, which is not fetched; as [`squares`], for whoever has no event loop."""
-        return self.decoding.submit(self._decode, source)
+        return self.decoding.submit(self._decode, source, size)
 
-    def _decode(self, source: Any) -> Image.Image:
+    def _decode(self, source: Any, size: int) -> Image.Image:
         worker = self.idle.get()
         try:
-            went_well, answer = worker.ask(source)
+            went_well, answer = worker.ask((source, size))
         except (EOFError, OSError):
             worker.end()
             raise ImageError(f"The picture takes more than {self.limits} to decode.") from None
@@ -96,7 +95,7 @@ class PictureDecoder:
             self.idle.put(worker)
         if not went_well:
             raise ImageError(answer.decode())
-        return Image.frombytes("RGB", (self.size, self.size), answer)
+        return Image.frombytes("RGB", (size, size), answer)
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
@@ -118,7 +117,7 @@ class _Worker:
     def __init__(self, settings: tuple):
         self.settings, self.process = settings, None
 
-    def ask(self, source: Any) -> tuple[bool, bytes]:
+    def ask(self, job: tuple[Any, int]) -> tuple[bool, bytes]:
         """Let it decode; raises `EOFError` or `OSError` if it ends over it."""
         if self.process is None:
             self.process = subprocess.Popen(
@@ -126,7 +125,7 @@ class _Worker:
                 env={**os.environ, **FRUGAL},
             )  # fmt: skip
             pickle.dump(self.settings, self.process.stdin)
-        pickle.dump(source, self.process.stdin)
+        pickle.dump(job, self.process.stdin)
         self.process.stdin.flush()
         (length,) = struct.unpack(">I", self._read(4))
         answer = self._read(length)

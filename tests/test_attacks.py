@@ -1,0 +1,237 @@
+"""What was tried to stop the servers for everybody: each attack runs beside honest chats, which must not notice.
+
+Hostile clients are processes of their own, four connections each. The guards' own tests are in test_guards.py.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_serving import BASE, CHATS, note, picture_part, post, serving, text_part, user
+
+
+pytestmark = pytest.mark.bars
+SECONDS = float(os.environ.get("MMGPT_ATTACK_SECONDS", "20"))  # of each attack
+SOAK_SECONDS = float(os.environ.get("MMGPT_SOAK_SECONDS", "600"))
+COMMAND = "pytest -n 0 -m bars tests/test_attacks.py"
+IS_STILL = 3, 10  # times the idle median that the median may take, and the slowest where that is over SLOWEST
+SLOWEST = 3.0  # seconds
+
+# Runs one attack until it is ended: `attack.py URL NAME`, with its payloads made at the start.
+HOSTILE = r"""
+import base64, http.client, io, json, random, socket, sys, threading, time, zlib, struct
+from PIL import Image
+
+host, port = sys.argv[1].removeprefix("http://").split(":")
+name, vanish = sys.argv[2], len(sys.argv) > 3
+rng = random.Random(name)
+
+def data_url(data, kind="png"):
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+def shown(url):
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    return json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 4}).encode()
+
+def many_scans():
+    jpeg = saved(Image.new("L", (7000, 7000)), "JPEG", progressive=True)
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last] + jpeg[last:-2] * 12_000 + jpeg[-2:]
+
+def long_comment():
+    gif = saved(Image.new("L", (8, 8)), "GIF")
+    at = 13 + 3 * 256
+    return gif[:at] + b"\x21\xfe" + (b"\xff" + b"c" * 255) * 40_000 + b"\0" + gif[at:]
+
+def thin():
+    return saved(Image.new("L", (1, 49_000_000)), "PNG")
+
+def largest():
+    return saved(Image.new("RGB", (7071, 7071), (9, 99, 200)), "PNG")
+
+def turns(pairs):
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return json.dumps({"messages": pair * pairs + [{"role": "user", "content": "a"}]}).encode()
+
+def say(**fields):
+    return json.dumps({"messages": [{"role": "user", "content": "circle:"}], **fields}).encode()
+
+def post(body, wait=True):
+    connection = http.client.HTTPConnection(host, int(port), timeout=120)
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    if wait:
+        connection.getresponse().read()
+    connection.close()
+
+def abandon(body):
+    def one():
+        post(body, wait=False)
+        time.sleep(0.02)
+    return one
+
+def hold(start, count):
+    "Open connections that say so much and then nothing; as many again when they are closed."
+    sockets = []
+    def one():
+        while len(sockets) < count:
+            sockets.append(socket.create_connection((host, int(port))))
+            sockets[-1].sendall(start)
+        time.sleep(0.2)
+        for sock in sockets[:]:
+            sock.setblocking(False)
+            try:
+                if not sock.recv(4096):
+                    sockets.remove(sock)
+            except BlockingIOError:
+                pass
+            except OSError:
+                sockets.remove(sock)
+    return one
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n"
+ATTACKS = {
+    "3 wrong elements": lambda: [lambda b=b'{"messages":[' + b"0," * 3_000_000 + b"0]}": post(b)],
+    "3 wrong fields": lambda: [lambda b=b"{" + b",".join(b'"k%d":0' % n for n in range(500_000)) + b"}": post(b)],
+    "4a empty scans": lambda: [lambda b=shown(data_url(many_scans(), "jpeg")): post(b)],
+    "4b long comment": lambda: [lambda b=shown(data_url(long_comment(), "gif")): post(b)],
+    "4c many turns": lambda: [lambda b=turns(8000): post(b), lambda b=turns(499): post(b)],
+    "4c control tokens in text": lambda: [lambda b=json.dumps({"messages": [{"role": "user", "content": "</s>a" * 3000}]}).encode(): post(b)],
+    "5 abandoned": lambda: [abandon(say(max_tokens=500))],
+    "6 silent": lambda: [hold(b"", 100)],
+    "6 half a head": lambda: [hold(HEAD % 9, 100)],
+    "6 half a body": lambda: [hold(HEAD % 2_000_000 + b"\r\n" + b" " * 1_900_000, 60)],
+    "7 thin": lambda: [lambda b=shown(data_url(thin())): post(b)],
+    "7 largest": lambda: [lambda b=json.dumps({"messages": [{"role": "user", "content": [
+        *[{"type": "image_url", "image_url": {"url": data_url(largest())}}] * 16, {"type": "text", "text": "a"}]}],
+        "max_tokens": 4}).encode(): post(b)],
+    "10 long chats": lambda: [lambda b=turns(1500): post(b), lambda b=turns(40): post(b)],
+    "11 cold": lambda: [lambda b=say(temperature=1e-38): post(b), lambda b=say(temperature=1e-38, stream=True): post(b)],
+}
+calls = ATTACKS[name]()
+print("ready", flush=True)
+
+def forever(seed):
+    rng = random.Random(seed)
+    while True:
+        try:
+            rng.choice(calls)()
+        except (OSError, http.client.HTTPException):
+            time.sleep(0.05)
+
+for seed in range(4):
+    threading.Thread(target=forever, args=(seed,), daemon=True).start()
+while sys.stdin.read(1):
+    pass
+"""
+NAMES = [
+    "3 wrong elements",
+    "3 wrong fields",
+    "4a empty scans",
+    "4b long comment",
+    "4c many turns",
+    "4c control tokens in text",
+    "5 abandoned",
+    "6 silent",
+    "6 half a head",
+    "6 half a body",
+    "7 thin",
+    "7 largest",
+    "10 long chats",
+    "11 cold",
+]
+
+
+@contextlib.contextmanager
+def attacked(url: str, name: str):
+    """Hostile clients at work."""
+    command = [sys.executable, "-c", HOSTILE, url, name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        yield
+        process.kill()
+
+
+def held(process: subprocess.Popen) -> float:
+    """MiB of the server and its children."""
+    total = 0
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += one.memory_info().rss
+    return total / 2**20
+
+
+HONEST = {"messages": CHATS["text"], "max_tokens": 16}
+
+
+def chat_for(url: str, process: subprocess.Popen, seconds: float, text: str | None) -> tuple[list[float], float, str]:
+    """Honest chats one after the other; their seconds, the most memory between them, and what they were told."""
+    took, memory, end = [], 0.0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        start = time.monotonic()
+        status, answer = post(url, HONEST, timeout=120)
+        took.append(time.monotonic() - start)
+        assert status == 200, answer
+        said = json.loads(answer)["choices"][0]["message"]["content"]
+        assert text in (None, said)
+        text, memory = said, max(memory, held(process))
+        time.sleep(0.05)
+    return took, memory, text
+
+
+def test_no_attack_is_noticed_by_honest_text_chats(tmp_path):
+    figures, broken = {}, []
+    with serving(BASE, tmp_path / "log") as (url, process):
+        post(url, {"messages": CHATS["picture"], "max_tokens": 1})
+        took, idle_memory, text = chat_for(url, process, SECONDS, None)
+        idle = statistics.median(took)
+        for name in NAMES:
+            with attacked(url, name):
+                time.sleep(1)
+                took, memory, _ = chat_for(url, process, SECONDS, text)
+            figures[name] = {
+                "chats": len(took),
+                "median_times_idle": round(statistics.median(took) / idle, 2),
+                "slowest_seconds": round(max(took), 2),
+                "memory_mib": round(memory),
+            }
+            print(name, figures[name], flush=True)
+            if statistics.median(took) > IS_STILL[0] * idle or max(took) > max(SLOWEST, IS_STILL[1] * idle):
+                broken.append((name, "slow", figures[name]))
+            if memory > 2 * idle_memory + 512:
+                broken.append((name, "memory", figures[name]))
+        status, answer = post(url, {"messages": CHATS["picture"], "max_tokens": 4}, timeout=120)
+        assert status == 200, answer
+    figures = {"attacks": figures, "idle_median_seconds": round(idle, 3), "idle_memory_mib": round(idle_memory)}
+    note("attacks", figures | {"seconds_of_each": SECONDS}, COMMAND)
+    assert not broken
+
+
+def test_a_signal_ends_the_server_beside_half_sent_bodies_and_abandoned_replies(tmp_path):
+    with serving(BASE, tmp_path / "log") as (url, process):
+        with contextlib.ExitStack() as stack:
+            for name in ("6 half a body", "6 silent", "5 abandoned", "4a empty scans"):
+                stack.enter_context(attacked(url, name))
+            time.sleep(3)
+            children = psutil.Process(process.pid).children(recursive=True)
+            start = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+            _, alive = psutil.wait_procs(children, 10)
+            seconds = time.monotonic() - start
+    note("attacks_shutdown", {"seconds_to_end": round(seconds, 1), "children_alive": len(alive)}, COMMAND)
+    assert seconds < 10 and not alive
