@@ -35,7 +35,7 @@ from transformers.processing_utils import ProcessorMixin
 from processing_mmgpt.image_files_mmgpt import OWN_IMAGES
 from processing_mmgpt.serving.callers import callers
 from processing_mmgpt.serving.pictures import PictureDecoder
-from processing_mmgpt.serving.preparing import prepare, room
+from processing_mmgpt.serving.rendering import render, room
 from processing_mmgpt.serving.replies import write
 
 
@@ -100,7 +100,7 @@ def ask(history: list[dict], question: dict) -> list[dict]:
     """
     for path in map(Path, question["files"]):
         try:
-            PICTURES.submit(path.read_bytes(), size=1).result()
+            PICTURES.check(path.read_bytes())
         except (OSError, ValueError) as error:
             raise gr.Error(f"{path.name}: {error}") from error
     if not question["text"].strip():
@@ -140,10 +140,11 @@ async def stream(
         adapter: One of [`adapters`], or `NO_ADAPTER`.
         **options: For `generate`.
     """
-    chat = await prepare(messages, processor, PICTURES, room(model, processor))
+    input_ids, sources = await asyncio.to_thread(render, messages, processor, room(model, processor))
+    pictures = await PICTURES.squares(sources, processor.image_processor.size)
     adapted = partial(choose_adapter, model, adapter)
     reply = ""
-    async with aclosing(write(WRITER, model, processor, chat, before=adapted, **options)) as texts:
+    async with aclosing(write(WRITER, model, processor, input_ids, pictures, before=adapted, **options)) as texts:
         async for text in texts:
             reply += text
             if text:

@@ -17,33 +17,33 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.middleware import Middleware
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from processing_mmgpt import MMGPTProcessor
 from processing_mmgpt.image_files_mmgpt import ImagePolicy, shorten
 from processing_mmgpt.serving.bounds import Bounds
 from processing_mmgpt.serving.callers import callers
 from processing_mmgpt.serving.fetching import fetch
 from processing_mmgpt.serving.pictures import PictureDecoder
-from processing_mmgpt.serving.preparing import prepare, room
 from processing_mmgpt.serving.refusing import refusal
+from processing_mmgpt.serving.rendering import Renderer, room
 from processing_mmgpt.serving.replies import Engine, OneByOne, Prompt, until_stop
-from processing_mmgpt.serving.running import run
+from processing_mmgpt.serving.running import closing, run
 
 
 BOUNDS = {"max_body": 64 * 2**20, "max_held": 256 * 2**20, "max_at_work": 128}
 MAX_MESSAGES, MAX_PARTS, MAX_PICTURES = 1000, 64, 16  # of a request, of a message, of a request
-MAX_TEXT, MAX_ELEMENTS = 1_000_000, 20_000  # characters of a request; its fields, parts and brackets
+MAX_TEXT, MAX_ELEMENTS = 1_000_000, 10_000  # characters of a request; its fields, parts and brackets
 COLDEST = 0.01  # temperature: colder ones divide to what is no number, which on a GPU ends the process's context
 
 logger = logging.getLogger("uvicorn.error")
@@ -53,16 +53,9 @@ logger = logging.getLogger("uvicorn.error")
 
 
 class Strict(BaseModel):
-    """A part of a request."""
+    """A part of a request; an unknown field is an error."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_known_fields(cls, data):
-        if isinstance(data, dict) and (unknown := data.keys() - cls.model_fields.keys()):
-            raise ValueError(f"the field {shorten(min(unknown))} is not known here")
-        return data
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ImageURL(Strict):
@@ -159,24 +152,37 @@ def read_chat(body: bytes) -> Chat:
 # How it is prepared
 
 
-async def to_prompt(
-    chat: Chat, processor: MMGPTProcessor, decoder: PictureDecoder, longest: int, max_new_tokens: int
-) -> Prompt:
-    """Prepare a request for the engine.
+@dataclass(frozen=True)
+class Preparation:
+    """What makes prompts of chats.
 
-    Raises:
-        ValueError: If it cannot be answered as it is.
+    Args:
+        renderer: Renders them.
+        decoder: Opens their pictures.
+        size: Side of the squares that the model sees, in pixels.
+        longest: Tokens that the model has room for.
+        max_new_tokens: The most tokens of a reply.
     """
-    messages = [{"role": message.role, "content": [*map(as_ours, message.parts())]} for message in chat.messages]
-    encoded = await prepare(messages, processor, decoder, longest)
-    wanted = chat.max_completion_tokens or chat.max_tokens or max_new_tokens
-    unsaid = 0.0 if chat.top_p is None else 1.0
-    return Prompt(
-        encoded,
-        max_new_tokens=min(wanted, max_new_tokens, longest - len(encoded.input_ids)),
-        temperature=unsaid if chat.temperature is None else chat.temperature,
-        top_p=1.0 if chat.top_p is None else chat.top_p,
-    )
+
+    renderer: Renderer
+    decoder: PictureDecoder
+    size: int
+    longest: int
+    max_new_tokens: int
+
+    async def prepare(self, chat: Chat) -> Prompt:
+        """Make a prompt; raises `ValueError` if the chat cannot be answered as it is."""
+        messages = [{"role": message.role, "content": [*map(as_ours, message.parts())]} for message in chat.messages]
+        input_ids, sources = await self.renderer.render(messages, self.longest)
+        wanted = chat.max_completion_tokens or chat.max_tokens or self.max_new_tokens
+        unsaid = 0.0 if chat.top_p is None else 1.0
+        return Prompt(
+            input_ids,
+            await self.decoder.squares(sources, self.size),
+            max_new_tokens=min(wanted, self.max_new_tokens, self.longest - len(input_ids)),
+            temperature=unsaid if chat.temperature is None else chat.temperature,
+            top_p=1.0 if chat.top_p is None else chat.top_p,
+        )
 
 
 def as_ours(part: ImagePart | TextPart) -> dict:
@@ -189,7 +195,7 @@ def as_ours(part: ImagePart | TextPart) -> dict:
 # How it is answered
 
 
-def build_app(name: str, to_prompt: Callable[[Chat], Awaitable[Prompt]], engine: Engine, **options) -> FastAPI:
+def build_app(name: str, preparation: Preparation, engine: Engine, **options) -> FastAPI:
     """Make the web application: chats, the name of the model, and whether it is there."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, **options)
 
@@ -199,7 +205,7 @@ def build_app(name: str, to_prompt: Callable[[Chat], Awaitable[Prompt]], engine:
             chat = read_chat(await request.body())
             if chat.model not in (None, name):
                 raise ValueError(f"This server is pinned to {name!r}; asked for was {shorten(chat.model)}.")
-            prompt = await to_prompt(chat)
+            prompt = await preparation.prepare(chat)
         except ValueError as error:
             return refusal(400, str(error))
         request.state.let_go()
@@ -207,7 +213,7 @@ def build_app(name: str, to_prompt: Callable[[Chat], Awaitable[Prompt]], engine:
         pieces = written(engine, prompt, stops)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if chat.stream:
-            return StreamingResponse(events(pieces, about, len(prompt.chat.input_ids)), media_type="text/event-stream")
+            return StreamingResponse(events(pieces, about, len(prompt.input_ids)), media_type="text/event-stream")
         try:
             texts = [piece async for piece in pieces]
         except Exception:
@@ -215,7 +221,7 @@ def build_app(name: str, to_prompt: Callable[[Chat], Awaitable[Prompt]], engine:
             return refusal(500, FAILED)
         message = {"role": "assistant", "content": "".join(text for text, _, _ in texts)}
         choice = {"index": 0, "message": message, "finish_reason": texts[-1][2]}
-        told = usage(len(prompt.chat.input_ids), texts[-1][1])
+        told = usage(len(prompt.input_ids), texts[-1][1])
         return JSONResponse({**about, "object": "chat.completion", "choices": [choice], "usage": told})
 
     @app.get("/v1/models")
@@ -278,17 +284,20 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="such as cpu or cuda:0")
     args = parser.parse_args()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto", device_map=args.device).eval()
         processor = AutoProcessor.from_pretrained(args.model)
+        renderer = Renderer(processor)
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto", device_map=args.device).eval()
     except (OSError, ValueError) as error:
         sys.exit(f"{args.model} cannot be loaded, or its base cannot: {error}")
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     policy = ImagePolicy(fetch=partial(fetch, hosts=args.image_host) if args.image_host else None)
     decoder = PictureDecoder(policy)
-    limits = {"longest": room(model, processor), "max_new_tokens": args.max_new_tokens}
-    prompts = partial(to_prompt, processor=processor, decoder=decoder, **limits)
+    size, longest = processor.image_processor.size, room(model, processor)
+    preparation = Preparation(renderer, decoder, size, longest, args.max_new_tokens)
     guards = [*callers([args.host, *args.allowed_host], args.api_key), Middleware(Bounds, **BOUNDS)]
-    app = build_app(name, prompts, OneByOne(model, processor), middleware=guards, lifespan=decoder.lifespan)
+    at_end = closing(renderer, decoder)
+    app = build_app(name, preparation, OneByOne(model, processor), middleware=guards, lifespan=at_end)
+    renderer.wait()
     run(app, args.host, args.port)
 
 

@@ -6,18 +6,15 @@ Hostile clients are processes of their own, four connections each. The guards' o
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from test_serving import BASE, CHATS, note, picture_part, post, serving, text_part, user
+from test_serving import BASE, CHATS, note, post, serving
 
 
 pytestmark = pytest.mark.bars
@@ -29,12 +26,11 @@ SLOWEST = 3.0  # seconds
 
 # Runs one attack until it is ended: `attack.py URL NAME`, with its payloads made at the start.
 HOSTILE = r"""
-import base64, http.client, io, json, random, socket, sys, threading, time, zlib, struct
+import base64, http.client, io, json, os, random, socket, sys, threading, time
 from PIL import Image
 
 host, port = sys.argv[1].removeprefix("http://").split(":")
-name, vanish = sys.argv[2], len(sys.argv) > 3
-rng = random.Random(name)
+name = sys.argv[2]
 
 def data_url(data, kind="png"):
     return f"data:image/{kind};base64," + base64.b64encode(data).decode()
@@ -68,8 +64,8 @@ def turns(pairs):
     pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     return json.dumps({"messages": pair * pairs + [{"role": "user", "content": "a"}]}).encode()
 
-def say(**fields):
-    return json.dumps({"messages": [{"role": "user", "content": "circle:"}], **fields}).encode()
+def say(content="circle:", **fields):
+    return json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
 
 def post(body, wait=True):
     connection = http.client.HTTPConnection(host, int(port), timeout=120)
@@ -81,7 +77,7 @@ def post(body, wait=True):
 def abandon(body):
     def one():
         post(body, wait=False)
-        time.sleep(0.02)
+        time.sleep(0.2)
     return one
 
 def hold(start, count):
@@ -110,7 +106,7 @@ ATTACKS = {
     "4a empty scans": lambda: [lambda b=shown(data_url(many_scans(), "jpeg")): post(b)],
     "4b long comment": lambda: [lambda b=shown(data_url(long_comment(), "gif")): post(b)],
     "4c many turns": lambda: [lambda b=turns(8000): post(b), lambda b=turns(499): post(b)],
-    "4c control tokens in text": lambda: [lambda b=json.dumps({"messages": [{"role": "user", "content": "</s>a" * 3000}]}).encode(): post(b)],
+    "4c control tokens in text": lambda: [lambda b=say(content="</s>a" * 3000): post(b)],
     "5 abandoned": lambda: [abandon(say(max_tokens=500))],
     "6 silent": lambda: [hold(b"", 100)],
     "6 half a head": lambda: [hold(HEAD % 9, 100)],
@@ -120,9 +116,10 @@ ATTACKS = {
         *[{"type": "image_url", "image_url": {"url": data_url(largest())}}] * 16, {"type": "text", "text": "a"}]}],
         "max_tokens": 4}).encode(): post(b)],
     "10 long chats": lambda: [lambda b=turns(1500): post(b), lambda b=turns(40): post(b)],
-    "11 cold": lambda: [lambda b=say(temperature=1e-38): post(b), lambda b=say(temperature=1e-38, stream=True): post(b)],
+    "11 cold": lambda: [lambda b=say(temperature=1e-38, stream=stream): post(b) for stream in (False, True)],
 }
 calls = ATTACKS[name]()
+os.nice(15)  # in earnest they would be on other machines
 print("ready", flush=True)
 
 def forever(seed):
@@ -171,7 +168,7 @@ def held(process: subprocess.Popen) -> float:
     total = 0
     for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            total += one.memory_info().rss
+            total += one.memory_full_info().pss
     return total / 2**20
 
 
@@ -197,27 +194,27 @@ def test_no_attack_is_noticed_by_honest_text_chats(tmp_path):
     figures, broken = {}, []
     with serving(BASE, tmp_path / "log") as (url, process):
         post(url, {"messages": CHATS["picture"], "max_tokens": 1})
-        took, idle_memory, text = chat_for(url, process, SECONDS, None)
-        idle = statistics.median(took)
         for name in NAMES:
+            idle, idle_memory, text = chat_for(url, process, SECONDS / 4, None)
             with attacked(url, name):
                 time.sleep(1)
                 took, memory, _ = chat_for(url, process, SECONDS, text)
+            times = statistics.median(took) / statistics.median(idle)
             figures[name] = {
                 "chats": len(took),
-                "median_times_idle": round(statistics.median(took) / idle, 2),
+                "median_times_idle": round(times, 2),
                 "slowest_seconds": round(max(took), 2),
                 "memory_mib": round(memory),
             }
             print(name, figures[name], flush=True)
-            if statistics.median(took) > IS_STILL[0] * idle or max(took) > max(SLOWEST, IS_STILL[1] * idle):
+            if times > IS_STILL[0] or max(took) > max(SLOWEST, IS_STILL[1] * statistics.median(idle)):
                 broken.append((name, "slow", figures[name]))
             if memory > 2 * idle_memory + 512:
                 broken.append((name, "memory", figures[name]))
         status, answer = post(url, {"messages": CHATS["picture"], "max_tokens": 4}, timeout=120)
         assert status == 200, answer
-    figures = {"attacks": figures, "idle_median_seconds": round(idle, 3), "idle_memory_mib": round(idle_memory)}
-    note("attacks", figures | {"seconds_of_each": SECONDS}, COMMAND)
+    idle = {"idle_median_seconds": round(statistics.median(idle), 3), "idle_memory_mib": round(idle_memory)}
+    note("attacks", {"attacks": figures, "seconds_of_each": SECONDS, **idle}, COMMAND)
     assert not broken
 
 

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .refusing import refusal
 
 
+UNHURRIED, PACE = 2**20, 0.002  # bytes beyond which chunks of 64 KiB come one at a time, and the seconds between them
 SMALL = 64 * 2**10  # bytes of a body that is always taken; so much each connection buffers anyway
 
 
@@ -56,6 +57,7 @@ class Bounds:
         self.seconds, self.rate = seconds, rate
         self.bodies: dict[_Body, None] = {}  # the oldest first
         self.held = self.at_work = 0  # bytes, requests
+        self.pace = asyncio.Lock()  # reading at full speed would slow whoever generates in a thread
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take the body, then let the application answer."""
@@ -107,6 +109,9 @@ class Bounds:
             if not message.get("more_body", False):
                 body.deadline = None
                 return None
+            if body.size > UNHURRIED:
+                async with self.pace:
+                    await asyncio.sleep(PACE)
             body.deadline.reschedule(start + self.seconds + body.size / self.rate)
 
     def _make_room(self, body: _Body) -> bool:

@@ -1,50 +1,48 @@
-"""Decodes pictures for `pictures.PictureDecoder`, one after the other, as a process that can be ended.
+"""The program of the processes of `pictures.PictureDecoder`: opens one picture after the other.
 
-It is run by its path, and imports Pillow, numpy and one file of ours; the package itself would bring torch along.
-Jobs come as pickles of the server on the standard input. Answers go back as plain bytes, because a stranger's picture
-has been at work here: a length, whether it went well, and the pixels or a sentence.
+It is run by its path, and imports Pillow, numpy and files without torch; the package itself would bring that along.
 """
 
 import contextlib
 import faulthandler
 import os
-import pickle
-import signal
-import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
-with contextlib.suppress(ImportError):  # Windows has no such limits
+with contextlib.suppress(ImportError):  # Windows has neither limits nor priorities of this kind
     import resource
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from image_files_mmgpt import ImageError, ImagePolicy, open_image, square  # noqa: E402
+from serving.processes import work  # noqa: E402
 
 
-def main() -> None:
-    """Take the settings, then a picture after the other, until the server ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
-    jobs, answers = sys.stdin.buffer, sys.stdout.buffer
-    policy, seconds, memory = pickle.load(jobs)
-    policy = ImagePolicy(**policy)
+def begin(settings: tuple[dict[str, Any], float, int]) -> Callable[[tuple[Any, int]], bytes]:
+    """Take the fields of the policy, the seconds of one picture and the bytes of memory; gives what opens pictures."""
+    fields, seconds, memory = settings
+    policy, nowhere = ImagePolicy(**fields), open(os.devnull, "w")
     if "resource" in globals():
+        os.nice(5)  # who generates goes first
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    with open(os.devnull, "w") as nowhere, contextlib.suppress(EOFError):
-        while True:
-            source, size = pickle.load(jobs)
-            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)  # also in the midst of a decoder
-            try:
-                answer = b"\1" + square(open_image(source, policy), size).tobytes()
-            except (ImageError, FileNotFoundError) as error:
-                if isinstance(error.__cause__, MemoryError):
-                    raise SystemExit from error
-                answer = b"\0" + str(error).encode()
+
+    def pixels(job: tuple[Any, int]) -> bytes:
+        source, size = job
+        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)  # also in the midst of a decoder
+        try:
+            return square(open_image(source, policy), size).tobytes()
+        except ImageError as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise SystemExit from error
+            raise
+        finally:
             faulthandler.cancel_dump_traceback_later()
-            answers.write(struct.pack(">I", len(answer)) + answer)
-            answers.flush()
+
+    return pixels
 
 
 if __name__ == "__main__":
-    main()
+    work(begin)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel
 
 from ..processing_mmgpt import MMGPTProcessor
-from ..rendering_mmgpt import EncodedChat
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,15 @@ class Prompt:
     """What is to be answered, and how.
 
     Args:
-        chat: The conversation up to the head of the reply; its `images` are RGB pictures, cut to what the model sees.
+        input_ids: The conversation up to the head of the reply.
+        images: An RGB picture for each `<image>`, cut to the square that the model sees.
         max_new_tokens: The most tokens of the reply.
         temperature: 0 for the likeliest token each time, else that of sampling.
         top_p: The likeliest tokens of so much probability are sampled from; 1 for all.
     """
 
-    chat: EncodedChat
+    input_ids: list[int]
+    images: list[Image.Image]
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
@@ -60,14 +62,15 @@ class OneByOne:
         """See [`Engine`]."""
         sampling = {"temperature": prompt.temperature, "top_p": prompt.top_p} if prompt.temperature else {}
         options = {"max_new_tokens": prompt.max_new_tokens, "do_sample": bool(sampling), **sampling}
-        return write(self.thread, self.model, self.processor, prompt.chat, **options)
+        return write(self.thread, self.model, self.processor, prompt.input_ids, prompt.images, **options)
 
 
 async def write(
     thread: Executor,
     model: PreTrainedModel,
     processor: MMGPTProcessor,
-    chat: EncodedChat,
+    input_ids: list[int],
+    images: list[Image.Image],
     before: Callable[[], Any] = lambda: None,
     **options,
 ) -> AsyncIterator[str]:
@@ -77,7 +80,8 @@ async def write(
         thread: Where `generate` runs, when its turn comes.
         model: The model.
         processor: Its processor.
-        chat: What is answered.
+        input_ids: See [`Prompt`].
+        images: Likewise.
         before: Called in that thread before it begins.
         **options: For `generate`.
     """
@@ -89,7 +93,7 @@ async def write(
     def generate() -> None:
         try:
             before()
-            inputs = processor.batch([chat.input_ids], [chat.images], padding=False, padding_side="left")
+            inputs = processor.batch([input_ids], [images], padding=False, padding_side="left")
             streamer = _Streamer(processor.tokenizer.backend_tokenizer, give)
             criteria = [lambda ids, scores, **kwargs: stopped.is_set()]
             model.generate(**inputs.to(model.device), streamer=streamer, stopping_criteria=criteria, **options)
