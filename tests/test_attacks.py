@@ -51,7 +51,7 @@ def many_scans():
 
 def long_comment():
     gif = saved(Image.new("L", (8, 8)), "GIF")
-    at = 13 + 3 * 256
+    at = 13 + 3 * 2 ** ((gif[10] & 7) + 1)
     return gif[:at] + b"\x21\xfe" + (b"\xff" + b"c" * 255) * 40_000 + b"\0" + gif[at:]
 
 def thin():
