@@ -4,8 +4,10 @@ Hostile clients are processes of their own, four connections each. The guards' o
 """
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -14,7 +16,7 @@ import time
 
 import psutil
 import pytest
-from test_serving import BASE, CHATS, note, post, serving
+from test_serving import BASE, CHATS, note, picture_part, post, serving, text_part, user
 
 
 pytestmark = pytest.mark.bars
@@ -130,7 +132,7 @@ def forever(seed):
         except (OSError, http.client.HTTPException):
             time.sleep(0.05)
 
-for seed in range(4):
+for seed in range(int(sys.argv[3])):
     threading.Thread(target=forever, args=(seed,), daemon=True).start()
 while sys.stdin.read(1):
     pass
@@ -154,9 +156,9 @@ NAMES = [
 
 
 @contextlib.contextmanager
-def attacked(url: str, name: str):
-    """Hostile clients at work."""
-    command = [sys.executable, "-c", HOSTILE, url, name]
+def attacked(url: str, name: str, connections: int = 4):
+    """A hostile client at work."""
+    command = [sys.executable, "-c", HOSTILE, url, name, str(connections)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         yield
@@ -232,3 +234,87 @@ def test_a_signal_ends_the_server_beside_half_sent_bodies_and_abandoned_replies(
             seconds = time.monotonic() - start
     note("attacks_shutdown", {"seconds_to_end": round(seconds, 1), "children_alive": len(alive)}, COMMAND)
     assert seconds < 10 and not alive
+
+
+# Chats at random until the time is over: `clients.py URL PLAN`.
+CLIENTS = r"""
+import asyncio, json, random, sys, time
+import httpx
+
+plan = json.load(open(sys.argv[2]))
+counts = {"finished": 0, "vanished": 0, "wrong": 0, "refused": 0, "slowest_seconds": 0.0}
+end = time.monotonic() + plan["seconds"]
+
+async def told(client, body, stream):
+    if not stream:
+        answer = await client.post("/v1/chat/completions", json=body)
+        if answer.status_code != 200:
+            return answer.status_code
+        return answer.json()["choices"][0]["message"]["content"]
+    text = ""
+    async with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as answer:
+        if answer.status_code != 200:
+            return answer.status_code
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
+    return text
+
+async def chat(number):
+    rng = random.Random(number)
+    vanishes = number < plan["vanishing"]
+    async with httpx.AsyncClient(base_url=sys.argv[1], timeout=300, trust_env=False) as client:
+        while time.monotonic() < end:
+            case, start = rng.choice(plan["cases"]), time.monotonic()
+            call = told(client, case["body"], rng.random() < 0.5)
+            try:
+                text = await asyncio.wait_for(call, rng.uniform(0.05, 3) if vanishes else None)
+            except TimeoutError:
+                counts["vanished"] += 1
+                continue
+            counts["finished"] += 1
+            counts["refused"] += isinstance(text, int)
+            counts["wrong"] += isinstance(text, str) and text != case["text"]
+            if not vanishes:
+                counts["slowest_seconds"] = max(counts["slowest_seconds"], round(time.monotonic() - start, 1))
+
+async def main():
+    await asyncio.gather(*map(chat, range(plan["clients"])))
+
+asyncio.run(main())
+print(json.dumps(counts))
+"""
+
+
+def test_forty_clients_of_which_a_quarter_is_hostile_and_a_quarter_vanishes(tmp_path):
+    rng = random.Random(0)
+    words = "circle square star heart red blue plane barn carrot".split()
+    cases = [[user(f"{rng.choice(words)} {rng.choice(words)} {number}:")] for number in range(20)]
+    cases += [[user(picture_part(), text_part(f"What is {rng.choice(words)}?"))] for _ in range(15)] + [CHATS["turns"]]
+    bodies = [{"messages": messages, "max_tokens": 24} for messages in cases]
+    hostile = [name for name in NAMES if name != "5 abandoned"]  # those vanish
+    with serving(BASE, tmp_path / "log") as (url, process):
+        alone = [json.loads(post(url, body)[1])["choices"][0]["message"]["content"] for body in bodies]
+        plan = {"cases": [{"body": b, "text": t} for b, t in zip(bodies, alone, strict=True)], "clients": 30}
+        (tmp_path / "plan").write_text(json.dumps({**plan, "vanishing": 10, "seconds": SOAK_SECONDS}))
+        command = [sys.executable, "-c", CLIENTS, url, str(tmp_path / "plan")]
+        client = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        memory, start = [], time.monotonic()
+        for name in itertools.cycle(hostile):  # ten hostile connections: four of each of two, and two beside
+            with attacked(url, name), attacked(url, rng.choice(hostile)), attacked(url, "5 abandoned", connections=2):
+                until = min(time.monotonic() + 20, start + SOAK_SECONDS)
+                while time.monotonic() < until and client.poll() is None:
+                    memory.append(held(process))
+                    time.sleep(2)
+            if client.poll() is not None or time.monotonic() - start > SOAK_SECONDS:
+                break
+        printed, errors = client.communicate(timeout=300)
+        assert client.returncode == 0, errors
+        again = [json.loads(post(url, body)[1])["choices"][0]["message"]["content"] for body in bodies]
+    counts, quarter = json.loads(printed), len(memory) // 4
+    before, after = statistics.median(memory[quarter : 2 * quarter]), statistics.median(memory[-quarter:])
+    figures = {"seconds": SOAK_SECONDS, "clients": 40, "hostile": 10, "vanishing": 10, **counts}
+    figures |= {"memory_mib_second_quarter": round(before), "memory_mib_last_quarter": round(after)}
+    note("attacks_soak", figures | {"memory_mib_most": round(max(memory))}, COMMAND)
+    assert counts["wrong"] == counts["refused"] == 0 and counts["finished"] > 50 and counts["vanished"] > 20
+    assert again == alone and after < 1.1 * before
