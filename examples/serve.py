@@ -37,7 +37,7 @@ from processing_mmgpt.serving.fetching import fetch
 from processing_mmgpt.serving.pictures import PictureDecoder
 from processing_mmgpt.serving.refusing import refusal
 from processing_mmgpt.serving.rendering import Renderer, room
-from processing_mmgpt.serving.replies import Engine, OneByOne, Prompt, until_stop
+from processing_mmgpt.serving.replies import Engine, OneByOne, Prompt, written
 from processing_mmgpt.serving.running import closing, run
 
 
@@ -182,6 +182,7 @@ class Preparation:
             max_new_tokens=min(wanted, self.max_new_tokens, self.longest - len(input_ids)),
             temperature=unsaid if chat.temperature is None else chat.temperature,
             top_p=1.0 if chat.top_p is None else chat.top_p,
+            stops=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
         )
 
 
@@ -199,29 +200,32 @@ def build_app(name: str, preparation: Preparation, engine: Engine, **options) ->
     """Make the web application: chats, the name of the model, and whether it is there."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, **options)
 
+    async def asked(request: Request) -> tuple[Prompt, bool]:
+        """What a request asks for, and whether as a stream; nothing else of it is kept."""
+        chat = read_chat(b"".join([chunk async for chunk in request.stream()]))
+        if chat.model not in (None, name):
+            raise ValueError(f"This server is pinned to {name!r}; asked for was {shorten(chat.model)}.")
+        return await preparation.prepare(chat), chat.stream
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         try:
-            chat = read_chat(await request.body())
-            if chat.model not in (None, name):
-                raise ValueError(f"This server is pinned to {name!r}; asked for was {shorten(chat.model)}.")
-            prompt = await preparation.prepare(chat)
+            prompt, is_stream = await asked(request)
         except ValueError as error:
             return refusal(400, str(error))
         request.state.let_go()
-        stops = [chat.stop] if isinstance(chat.stop, str) else chat.stop or []
-        pieces = written(engine, prompt, stops)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        if chat.stream:
-            return StreamingResponse(events(pieces, about, len(prompt.input_ids)), media_type="text/event-stream")
+        reply = written(engine, prompt)
+        if is_stream:
+            return StreamingResponse(events(reply, about, len(prompt.input_ids)), media_type="text/event-stream")
         try:
-            texts = [piece async for piece in pieces]
+            pieces = [piece async for piece in reply]
         except Exception:
             logger.exception("A reply failed.")
             return refusal(500, FAILED)
-        message = {"role": "assistant", "content": "".join(text for text, _, _ in texts)}
-        choice = {"index": 0, "message": message, "finish_reason": texts[-1][2]}
-        told = usage(len(prompt.input_ids), texts[-1][1])
+        message = {"role": "assistant", "content": "".join(text for text, _, _ in pieces)}
+        choice = {"index": 0, "message": message, "finish_reason": pieces[-1][2]}
+        told = usage(len(prompt.input_ids), pieces[-1][1])
         return JSONResponse({**about, "object": "chat.completion", "choices": [choice], "usage": told})
 
     @app.get("/v1/models")
@@ -238,14 +242,7 @@ def build_app(name: str, preparation: Preparation, engine: Engine, **options) ->
 FAILED = "The model failed over this request; the server's log says how."
 
 
-async def written(engine: Engine, prompt: Prompt, stops: list[str]) -> AsyncIterator[tuple[str, int, str | None]]:
-    """What the engine writes, up to the first stop sequence; see [`until_stop`]."""
-    async with aclosing(engine.write(prompt)) as texts:
-        async for piece in until_stop(texts, stops, prompt.max_new_tokens):
-            yield piece
-
-
-async def events(pieces: AsyncIterator, about: dict, prompt_tokens: int) -> AsyncIterator[str]:
+async def events(reply: AsyncIterator, about: dict, prompt_tokens: int) -> AsyncIterator[str]:
     """A reply as server-sent events."""
 
     def event(delta: dict, end: str | None = None, **more) -> str:
@@ -253,9 +250,9 @@ async def events(pieces: AsyncIterator, about: dict, prompt_tokens: int) -> Asyn
         return f"data: {json.dumps({**about, 'object': 'chat.completion.chunk', 'choices': [choice], **more})}\n\n"
 
     yield event({"role": "assistant", "content": ""})
-    async with aclosing(pieces):
+    async with aclosing(reply):
         try:
-            async for text, tokens, end in pieces:
+            async for text, tokens, end in reply:
                 if text:
                     yield event({"content": text})
                 if end:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ class Prompt:
         max_new_tokens: The most tokens of the reply.
         temperature: 0 for the likeliest token each time, else that of sampling.
         top_p: The likeliest tokens of so much probability are sampled from; 1 for all.
+        stops: Texts before the first of which the reply ends; none of the engine's business, see [`written`].
     """
 
     input_ids: list[int]
@@ -33,6 +35,7 @@ class Prompt:
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    stops: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -127,6 +130,13 @@ class _Streamer:
 
     def end(self) -> None:
         """The end is told by the thread."""
+
+
+async def written(engine: Engine, prompt: Prompt) -> AsyncIterator[tuple[str, int, str | None]]:
+    """What an engine writes, up to the first stop sequence, see [`until_stop`]; closing this ends the work."""
+    async with aclosing(engine.write(prompt)) as texts:
+        async for piece in until_stop(texts, prompt.stops, prompt.max_new_tokens):
+            yield piece
 
 
 async def until_stop(
