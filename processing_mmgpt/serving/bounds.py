@@ -18,7 +18,7 @@ SMALL = 64 * 2**10  # bytes of a body that is always taken; so much each connect
 
 @dataclass(eq=False)
 class _Body:
-    """A body that is held: its chunks, and the deadline of its reading, `None` once it is there."""
+    """A body that is held: its chunks, and the deadline of its reading, `None` once that is over."""
 
     deadline: asyncio.Timeout | None
     chunks: deque[bytes] = field(default_factory=deque)
@@ -64,29 +64,33 @@ class Bounds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = None
+        body = _Body(asyncio.timeout(self.seconds))
+        self.bodies[body] = None
         try:
-            async with asyncio.timeout(self.seconds) as deadline:
-                self.bodies[body := _Body(deadline)] = None
-                refused = await self._take(body, Headers(scope=scope), receive)
-        except TimeoutError:
-            refused = refusal(408, "The request's body did not come in time.", Connection="close")
-        try:
+            refused = await self._take_in_time(body, Headers(scope=scope), receive)
+            if refused is None and body.size and self.at_work >= self.max_at_work:
+                full = f"The server is at work on {self.at_work} requests: try again later."
+                refused = refusal(503, full, **{"Retry-After": "5"})
             if refused is not None:
                 await refused(scope, receive, send)
-            elif body.size == 0:
+                return
+            counts = int(body.size > 0)
+            self.at_work += counts
+            try:
                 await self._answer(scope, body, receive, send)
-            elif self.at_work >= self.max_at_work:
-                full = f"The server is at work on {self.at_work} requests: try again later."
-                await refusal(503, full, **{"Retry-After": "5"})(scope, receive, send)
-            else:
-                self.at_work += 1
-                try:
-                    await self._answer(scope, body, receive, send)
-                finally:
-                    self.at_work -= 1
+            finally:
+                self.at_work -= counts
         finally:
             self._let_go(body)
+
+    async def _take_in_time(self, body: _Body, headers: Headers, receive: Receive) -> Response | None:
+        try:
+            async with body.deadline:
+                return await self._take(body, headers, receive)
+        except TimeoutError:
+            return refusal(408, "The request's body did not come in time.", Connection="close")
+        finally:
+            body.deadline = None
 
     async def _take(self, body: _Body, headers: Headers, receive: Receive) -> Response | None:
         """Take a body, or say why not."""
@@ -107,7 +111,6 @@ class Bounds:
             if body.size > SMALL and not self._make_room(body):
                 return refusal(503, "The server holds too many large requests: try again later.", Connection="close")
             if not message.get("more_body", False):
-                body.deadline = None
                 return None
             if body.size > UNHURRIED:
                 async with self.pace:
