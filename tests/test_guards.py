@@ -382,8 +382,10 @@ def test_a_picture_that_takes_too_much_ends_its_process_and_the_next_one_is_open
 
 
 def test_pictures_that_nobody_waits_for_are_dropped(decoder):
+    gif = endless_gif()
+
     async def vanish():
-        tasks = [asyncio.create_task(decoder.squares([endless_gif()] * 4, 24)) for _ in range(4)]
+        tasks = [asyncio.create_task(decoder.squares([gif], 24)) for _ in range(20)]
         await asyncio.sleep(0.1)
         for task in tasks:
             task.cancel()
@@ -391,7 +393,7 @@ def test_pictures_that_nobody_waits_for_are_dropped(decoder):
         await decoder.squares([png(9, 9)], 24)
         return time.monotonic() - start
 
-    assert asyncio.run(vanish()) < 2  # one was under way
+    assert asyncio.run(vanish()) < 5  # one was under way; all would take ten seconds
 
 
 def test_addresses_are_fetched_here_and_opened_there():
