@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
+from test_image_files import HOST, REDIRECTS, TO_HOST, Internet, data_url
 
 from processing_mmgpt.image_files_mmgpt import ImagePolicy, open_image, square
 from processing_mmgpt.serving import running
@@ -409,6 +410,33 @@ def test_addresses_are_fetched_here_and_opened_there():
     finally:
         decoder.close()
     assert fetched == [("http://a.example/a.png", 2**25), ("HTTPS://b.example", 2**25)]
+
+
+def test_redirects_are_followed_to_allowed_hosts_and_slow_hosts_hold_up_no_other_picture(monkeypatch):
+    internet = Internet(monkeypatch)
+    decoder = PictureDecoder(TO_HOST, workers=1)
+
+    async def beside_slow_ones():
+        slow = [asyncio.create_task(decoder.squares([f"http://{HOST}/drip"], 24)) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        start = time.monotonic()
+        await decoder.squares([data_url(png(9, 9))], 24)
+        seconds = time.monotonic() - start
+        for task in slow:
+            task.cancel()
+        return seconds
+
+    try:
+        internet.server.location = f"http://{HOST}/a.png"
+        assert squares(decoder, f"http://{HOST}/redirect")[0].size == (24, 24)
+        for target in REDIRECTS.values():
+            internet.server.location = target.format(inside=internet.inside, quoted="%2F")
+            with pytest.raises(ValueError, match="ictures|picture|address"):
+                squares(decoder, f"http://{HOST}/redirect")
+        assert not any("secret" in hit for hit in internet.server.hits)
+        assert asyncio.run(beside_slow_ones()) < 0.8  # a slow one ends after a second
+    finally:
+        decoder.close()
 
 
 def test_a_process_that_decodes_imports_no_torch_and_ends_with_the_server():
