@@ -12,10 +12,15 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import chat_app
+import httpx
 import psutil
 import pytest
+from test_chat import serve
 from test_serving import BASE, CHATS, note, picture_part, post, serving, text_part, user
 
 
@@ -26,25 +31,15 @@ COMMAND = "pytest -n 0 -m bars tests/test_attacks.py"
 IS_STILL = 3, 10  # times the idle median that the median may take, and the slowest where that is over SLOWEST
 SLOWEST = 3.0  # seconds
 
-# Runs one attack until it is ended: `attack.py URL NAME`, with its payloads made at the start.
-HOSTILE = r"""
-import base64, http.client, io, json, os, random, socket, sys, threading, time
+# Makes pictures that take a decoder for ever.
+MADE = r"""
+import io, sys
 from PIL import Image
-
-host, port = sys.argv[1].removeprefix("http://").split(":")
-name = sys.argv[2]
-
-def data_url(data, kind="png"):
-    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
 
 def saved(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-def shown(url):
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
-    return json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 4}).encode()
 
 def many_scans():
     jpeg = saved(Image.new("L", (7000, 7000)), "JPEG", progressive=True)
@@ -55,6 +50,24 @@ def long_comment():
     gif = saved(Image.new("L", (8, 8)), "GIF")
     at = 13 + 3 * 2 ** ((gif[10] & 7) + 1)
     return gif[:at] + b"\x21\xfe" + (b"\xff" + b"c" * 255) * 40_000 + b"\0" + gif[at:]
+
+"""
+
+# Runs one attack until it is ended: `attack.py URL NAME`, with its payloads made at the start.
+HOSTILE = (
+    MADE
+    + r"""
+import base64, http.client, json, os, random, socket, threading, time
+
+host, port = sys.argv[1].removeprefix("http://").split(":")
+name = sys.argv[2]
+
+def data_url(data, kind="png"):
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
+
+def shown(url):
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    return json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 4}).encode()
 
 def thin():
     return saved(Image.new("L", (1, 49_000_000)), "PNG")
@@ -137,6 +150,7 @@ for seed in range(int(sys.argv[3])):
 while sys.stdin.read(1):
     pass
 """
+)
 NAMES = [
     "3 wrong elements",
     "3 wrong fields",
@@ -218,6 +232,49 @@ def test_no_attack_is_noticed_by_honest_text_chats(tmp_path):
     idle = {"idle_median_seconds": round(statistics.median(idle), 3), "idle_memory_mib": round(idle_memory)}
     note("attacks", {"attacks": figures, "seconds_of_each": SECONDS, **idle}, COMMAND)
     assert not broken
+
+
+def asked(page: httpx.Client, event: str, *data) -> str:
+    """What the chat app answers, as its page asks: the events of one reply."""
+    call = page.post(f"/call/{event}", json={"data": data}).raise_for_status()
+    return page.get(f"/call/{event}/{call.json()['event_id']}").raise_for_status().text
+
+
+def test_no_picture_stops_the_chat_app_for_others(tmp_path):
+    prints = f"{MADE}sys.stdout.buffer.write(%s())"
+    scans, comment = (
+        subprocess.check_output([sys.executable, "-c", prints % made]) for made in ("many_scans", "long_comment")
+    )
+    settings = chat_app.NO_ADAPTER, 8, 0, 1
+    history = [chat_app.said("user", "circle:")]
+    times, stopped = {"idle": [], "attacked": []}, threading.Event()
+
+    def hostile(number: int) -> None:
+        with httpx.Client(base_url=f"{url}/gradio_api", timeout=None, trust_env=False) as page:
+            while not stopped.is_set():
+                name, data = [("a.jpg", scans), ("a.gif", comment)][number % 2]
+                (path,) = page.post("/upload", files={"files": (name, data)}).json()
+                file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+                answer = asked(page, "reply_to_question", [], {"text": "a", "files": [file]}, *settings)
+                assert "event: error" in answer
+
+    with serve(tmp_path) as url, ThreadPoolExecutor(4) as threads:
+        with httpx.Client(base_url=f"{url}/gradio_api", timeout=None, trust_env=False) as page:
+            for when in times:
+                attacks = [threads.submit(hostile, number) for number in range(4)] if when == "attacked" else []
+                time.sleep(2 * len(attacks) / 4)
+                end = time.monotonic() + SECONDS
+                while time.monotonic() < end:
+                    start = time.monotonic()
+                    assert "event: complete" in asked(page, "reply", history, *settings)
+                    times[when].append(time.monotonic() - start)
+            stopped.set()
+            assert [attack.result() for attack in attacks] == [None] * 4
+    figures = {f"{when}_median_seconds": round(statistics.median(of), 3) for when, of in times.items()}
+    figures |= {"slowest_seconds": round(max(times["attacked"]), 2), "seconds_of_each": SECONDS}
+    note("attacks_chat_app", figures, COMMAND)
+    assert statistics.median(times["attacked"]) < IS_STILL[0] * statistics.median(times["idle"])
+    assert max(times["attacked"]) < max(SLOWEST, IS_STILL[1] * statistics.median(times["idle"]))
 
 
 def test_a_signal_ends_the_server_beside_half_sent_bodies_and_abandoned_replies(tmp_path):
