@@ -467,7 +467,7 @@ def test_conversations_rendered_at_the_same_time_are_those_rendered_alone(proces
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([{"role": "user", "content": "a" * 33 * 100}], "3,300 characters"),
+        ([{"role": "user", "content": "a" * 17 * 100}], "1,700 characters"),
         ([{"role": "user", "content": "a"}] * 26, "26 messages"),
         ([{"role": "user", "content": "a b " * 100}], "tokens"),
     ],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-with contextlib.suppress(ImportError):  # Windows has neither limits nor priorities of this kind
+with contextlib.suppress(ImportError):  # Windows has no such limits
     import resource
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -26,7 +26,6 @@ def begin(settings: tuple[dict[str, Any], float, int]) -> Callable[[tuple[Any, i
     fields, seconds, memory = settings
     policy, nowhere = ImagePolicy(**fields), open(os.devnull, "w")
     if "resource" in globals():
-        os.nice(5)  # who generates goes first
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
     def pixels(job: tuple[Any, int]) -> bytes:

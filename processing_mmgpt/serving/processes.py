@@ -114,6 +114,8 @@ def work(begin: Callable[[Any], Callable[[Any], bytes]]) -> None:
         begin: Takes the settings and gives the function that does a job; what that raises as `ValueError` is said.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
+    if sys.platform != "win32":
+        os.nice(5)  # who generates goes first
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
     do = begin(pickle.load(jobs))
     while True:

@@ -14,7 +14,7 @@ from .processes import Processes
 WORKER = Path(__file__).with_name("rendering_worker.py")
 # What is looked at before anything is rendered: the characters that a token stands for at the most, and the tokens
 # that a message takes at the least, those of the template included.
-LETTERS, TURN = 32, 4
+LETTERS, TURN = 16, 4
 
 
 def room(model: PreTrainedModel, processor: MMGPTProcessor) -> int:
