@@ -80,7 +80,7 @@ class Slow:
         await PlainTextResponse("done")(scope, receive, send)
 
 
-LIMITS = {"max_body": 4 * SMALL, "max_held": 5 * SMALL, "max_at_work": 2, "seconds": 0.2, "rate": 1e9}
+LIMITS = {"max_body": 4 * SMALL, "max_held": 5 * SMALL, "max_at_work": 2, "seconds": 0.2, "rate": 1e9, "pause": 0.0}
 
 
 def run(test):
@@ -142,6 +142,23 @@ def test_who_has_gone_is_worked_for_no_longer():
         assert clients[1].status == 200 and clients[0].sent == []
 
     run(test)
+
+
+def test_refusals_go_out_one_after_the_other_and_hold_up_no_answer():
+    async def main():
+        app = Slow()
+        app.go.set()
+        bounds = Bounds(app, **{**LIMITS, "pause": 0.1})
+        refused = [Client(bounds).give(b"x" * 5 * SMALL) for _ in range(3)]
+        answered = Client(bounds).give(b"chat")
+        await settle()
+        assert answered.status == 200 and [client.status for client in refused] == [None] * 3
+        start = asyncio.get_running_loop().time()
+        await asyncio.gather(*(client.task for client in refused))
+        assert [client.status for client in refused] == [413] * 3
+        assert asyncio.get_running_loop().time() - start > 0.2
+
+    asyncio.run(main())
 
 
 def test_a_body_is_as_large_as_is_allowed():

@@ -31,7 +31,7 @@ class Bounds:
     Limits count requests whose body is there, so a connection that is silent or stops half-way takes nobody's place.
     The memory of all bodies together is bounded: beyond it the oldest that is still being sent is given up. The
     application calls `request.state.let_go()` as soon as it holds the body no more. What it does for a client that has
-    gone is cancelled.
+    gone is cancelled. Refusals go out one after the other, with a pause: who sends nothing but nonsense waits.
 
     Args:
         app: The application.
@@ -40,6 +40,7 @@ class Bounds:
         max_at_work: Requests with a body that are answered at the same time, those that wait included.
         seconds: What sending a body may take, beside what it takes at `rate`.
         rate: Bytes a second of the slowest client.
+        pause: Seconds between two refusals.
     """
 
     def __init__(
@@ -51,19 +52,27 @@ class Bounds:
         max_at_work: int,
         seconds: float = 10.0,
         rate: float = 32 * 2**10,
+        pause: float = 0.05,
     ):
         self.app = app
         self.max_body, self.max_held, self.max_at_work = max_body, max_held, max_at_work
-        self.seconds, self.rate = seconds, rate
+        self.seconds, self.rate, self.pause = seconds, rate, pause
         self.bodies: dict[_Body, None] = {}  # the oldest first
         self.held = self.at_work = 0  # bytes, requests
-        self.pace = asyncio.Lock()  # reading at full speed would slow whoever generates in a thread
+        self.pace, self.refusals = asyncio.Lock(), asyncio.Lock()  # a busy event loop slows who generates in a thread
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take the body, then let the application answer."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+
+        async def unhurried(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                async with self.refusals:
+                    await asyncio.sleep(self.pause)
+            await send(message)
+
         body = _Body(asyncio.timeout(self.seconds))
         self.bodies[body] = None
         try:
@@ -72,12 +81,12 @@ class Bounds:
                 full = f"The server is at work on {self.at_work} requests: try again later."
                 refused = refusal(503, full, **{"Retry-After": "5"})
             if refused is not None:
-                await refused(scope, receive, send)
+                await refused(scope, receive, unhurried)
                 return
             counts = int(body.size > 0)
             self.at_work += counts
             try:
-                await self._answer(scope, body, receive, send)
+                await self._answer(scope, body, receive, unhurried)
             finally:
                 self.at_work -= counts
         finally:
