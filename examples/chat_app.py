@@ -19,19 +19,24 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, closing
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
 import httpx
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AsyncTextIteratorStreamer, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-from processing_mmgpt.image_files_mmgpt import open_image
+from processing_mmgpt.image_files_mmgpt import OWN_IMAGES
+from processing_mmgpt.serving.callers import callers
+from processing_mmgpt.serving.pictures import PictureDecoder
+from processing_mmgpt.serving.rendering import render, room
+from processing_mmgpt.serving.replies import write
 
 
 BASE = Path(__file__).with_name("tiny_world") / "base"
@@ -44,7 +49,11 @@ EXAMPLES = [
 ]
 NO_ADAPTER = "none"
 NO_SHARING = ".icon-button-wrapper:has(> button[aria-label=Share]) { display: none !important; }"
+MAX_BODY = 24 * 2**20  # bytes of a request: an upload of 20 MB with what is around it
 UPLOADS = (600, 86_400)  # every ten minutes, delete the uploads that are older than a day
+
+# Pictures are opened in processes of their own: strangers' ones, for whoever reaches the page.
+PICTURES = PictureDecoder(OWN_IMAGES)
 
 # One reply at a time: an adapter is chosen for the whole model, and has to stay until the reply is written. One thread
 # holds even after a stop, when the chat has moved on and the model is still at its last token.
@@ -91,7 +100,7 @@ def ask(history: list[dict], question: dict) -> list[dict]:
     """
     for path in map(Path, question["files"]):
         try:
-            open_image(path.read_bytes())
+            PICTURES.check(path.read_bytes())
         except (OSError, ValueError) as error:
             raise gr.Error(f"{path.name}: {error}") from error
     if not question["text"].strip():
@@ -131,30 +140,15 @@ async def stream(
         adapter: One of [`adapters`], or `NO_ADAPTER`.
         **options: For `generate`.
     """
-    inputs = await asyncio.to_thread(
-        processor.apply_chat_template, messages, tokenize=True, return_dict=True, add_generation_prompt=True
-    )
-    streamer = AsyncTextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopped = threading.Event()
-
-    def write() -> None:
-        try:
-            if not stopped.is_set():  # else it was stopped while it waited in line
-                choose_adapter(model, adapter)
-                criteria = [lambda ids, scores, **kwargs: stopped.is_set()]
-                model.generate(**inputs.to(model.device), streamer=streamer, stopping_criteria=criteria, **options)
-        finally:
-            streamer.end()  # an error must not leave the reader waiting
-
-    writing = WRITER.submit(write)
+    input_ids, sources = await asyncio.to_thread(render, messages, processor, room(model, processor))
+    pictures = await PICTURES.squares(sources, processor.image_processor.size)
+    adapted = partial(choose_adapter, model, adapter)
     reply = ""
-    try:
-        async for text in streamer:
+    async with aclosing(write(WRITER, model, processor, input_ids, pictures, before=adapted, **options)) as texts:
+        async for text in texts:
             reply += text
-            yield reply
-        await asyncio.wrap_future(writing)  # raises what the model raised
-    finally:
-        stopped.set()
+            if text:
+                yield reply
 
 
 def join_events(
@@ -181,12 +175,14 @@ def join_events(
 
     async def reply_to_question(history: list[dict], question: dict, *settings):
         emptied = {"text": "", "files": []}
-        async for conversation in reply(ask(history, question), *settings):
+        asked = await asyncio.to_thread(ask, history, question)
+        async for conversation in reply(asked, *settings):
             yield conversation, emptied
             emptied = gr.skip()  # once: the next question may be in the box already
 
     async def reply_to_example(chosen: gr.SelectData, *settings):
-        async for conversation in reply(ask([], EXAMPLES[chosen.index]), *settings):  # only its number is the page's
+        asked = await asyncio.to_thread(ask, [], EXAMPLES[chosen.index])  # only its number is the page's
+        async for conversation in reply(asked, *settings):
             yield conversation
 
     async def reply_to_edited(history: list[dict], edited: gr.EditData, *settings):
@@ -280,13 +276,14 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=str(BASE), help="folder or Hub id of a model or an adapter")
     parser.add_argument("--adapter", action="append", default=[], help="a further adapter; may be given several times")
     parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--allowed-host", action="append", default=[], help="a name by which a proxy calls this page")
     args = parser.parse_args()
     try:
         model, processor = load(args.model, args.adapter)
     except (OSError, ValueError) as error:
         sys.exit(f"The model cannot be loaded: {error}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that an end from outside cleans up as well
-    with tempfile.TemporaryDirectory(prefix="mmgpt-chat-") as uploads:
+    with closing(PICTURES), tempfile.TemporaryDirectory(prefix="mmgpt-chat-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         app = build_app(model, processor)
         # The fonts of gradio's own theme come from another host, and a picture's share button sends it to one.
@@ -294,6 +291,7 @@ def main() -> None:
         app.launch(
             server_name="127.0.0.1", server_port=args.port, share=False, max_file_size="20mb", footer_links=[],
             ssr_mode=False, theme=theme, css=NO_SHARING, prevent_thread_lock=True, quiet=True,
+            app_kwargs={"middleware": callers(args.allowed_host), "max_body_size": MAX_BODY},
         )  # fmt: skip
         warm_up(app.local_url)
         print(f"Running on {app.local_url}; Ctrl-C ends it.", flush=True)

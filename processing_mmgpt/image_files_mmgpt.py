@@ -7,15 +7,19 @@ import os
 import re
 import reprlib
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
+if TYPE_CHECKING:
+    import torch  # not needed to run: a process that only decodes imports this file and no torch
+
+MAX_RESIZED = 64_000_000  # pixels that a long and thin picture may have once its short side is resized
 STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # Pillow's modes of colours that are multiplied by their opacity
 
 
@@ -73,7 +77,7 @@ def open_image(source: Any, policy: ImagePolicy = OWN_IMAGES) -> Image.Image:
         source = _from_column(source)
     if isinstance(source, Image.Image):
         return _finish(source, "The picture")
-    if isinstance(source, np.ndarray | torch.Tensor):
+    if isinstance(source, np.ndarray) or _is_tensor(source):
         return _from_array(source)
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), len(source), "The picture", policy)
@@ -85,6 +89,43 @@ def open_image(source: Any, policy: ImagePolicy = OWN_IMAGES) -> Image.Image:
         "A picture is a PIL picture, an array, a tensor, a path, bytes, a data URL or an address; got "
         f"{type(source).__name__}."
     )
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """Resize the short side of an upright picture, crop its centre, and bring it to RGB, as open_clip does.
+
+    Args:
+        image: As [`open_image`] gives it; a square RGB one of this size stays as it is.
+        size: Side of the result, in pixels.
+
+    Raises:
+        ImageError: If the picture is so long and thin that resizing it would take gigabytes.
+    """
+    return _crop_centre(_resize_short_side(image, size), size).convert("RGB")
+
+
+def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    """As torchvision's `Resize(size)`: the short side becomes `size`, the long one is cut to whole pixels."""
+    width, height = image.size
+    if min(width, height) == size:
+        return image
+    short, long = sorted((width, height))
+    long = int(size * long / short)
+    if size * long > MAX_RESIZED:
+        raise ImageError(f"The picture of {width} x {height} pixels is too long and thin: cut it.")
+    return image.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
+
+
+def _crop_centre(image: Image.Image, size: int) -> Image.Image:
+    """As torchvision's `CenterCrop(size)`, which rounds the offset half to even."""
+    left, top = (int(round((side - size) / 2.0)) for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _is_tensor(source: Any) -> bool:
+    """Whether it is a tensor of torch; where torch was never imported, nothing is."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
 
 
 def _from_column(source: dict[str, Any]) -> Any:
@@ -200,7 +241,7 @@ def _high_byte(array: np.ndarray) -> Image.Image:
     return Image.fromarray((array >> 8).astype(np.uint8))
 
 
-def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+def _from_array(array: "np.ndarray | torch.Tensor") -> Image.Image:
     found, kind = f"got {tuple(array.shape)} of {array.dtype}", str(array.dtype).removeprefix("torch.")
     if isinstance(array, np.ndarray):
         kind = array.dtype.name  # in whatever order of bytes
@@ -209,7 +250,7 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
             f"A picture array holds whole numbers of 8 or 16 bits, uint8 or uint16; {found}, without a known range: "
             "values from 0 to 1 become such by `(255 * array).round().astype(np.uint8)`."
         )
-    if isinstance(array, torch.Tensor):
+    if not isinstance(array, np.ndarray):
         array = array.detach().cpu().numpy()
         array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):

@@ -8,14 +8,13 @@ from PIL import Image
 from transformers import AutoConfig, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .image_files_mmgpt import ImageError, open_image
+from .image_files_mmgpt import open_image, square
 from .messages_mmgpt import Latents, Video
 from .videos_mmgpt import open_video
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_RESIZED = 64_000_000  # pixels that a long and thin picture may have once its short side is resized
 
 
 class MMGPTImageProcessor(BaseImageProcessor):
@@ -133,7 +132,7 @@ class MMGPTImageProcessor(BaseImageProcessor):
         Raises:
             ImageError: If the picture is so long and thin that resizing it would take gigabytes.
         """
-        return _crop_centre(_resize_short_side(image, self.size), self.size).convert("RGB")
+        return square(image, self.size)
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
         """Turn a picture or a list of pictures into `pixel_values` `(K, 3, size, size)`."""
@@ -151,24 +150,6 @@ def _stacked(rows: list[list[torch.Tensor]]) -> torch.Tensor:
         for column, one in enumerate(row):
             stacked[number, column, : len(one)] = one
     return stacked
-
-
-def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """As torchvision's `Resize(size)`: the short side becomes `size`, the long one is cut to whole pixels."""
-    width, height = image.size
-    if min(width, height) == size:
-        return image
-    short, long = sorted((width, height))
-    long = int(size * long / short)
-    if size * long > MAX_RESIZED:
-        raise ImageError(f"The picture of {width} x {height} pixels is too long and thin: cut it.")
-    return image.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
-
-
-def _crop_centre(image: Image.Image, size: int) -> Image.Image:
-    """As torchvision's `CenterCrop(size)`, which rounds the offset half to even."""
-    left, top = (int(round((side - size) / 2.0)) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
 
 
 def image_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:

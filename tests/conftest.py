@@ -3,6 +3,9 @@
 import copy
 import json
 import os
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from processing_mmgpt import MMGPTImageProcessor, MMGPTProcessor
 
 
 BASE = Path(__file__).parents[1] / "examples" / "tiny_world" / "base"
+FOREIGN = "--host-resolver-rules=MAP *.example 127.0.0.1"  # names of strangers lead here, as they may choose
 SIDE = 24  # of a picture, in pixels
 END_OF_CHUNK, IMAGE, PAD, VOCABULARY = 258, 259, 260, 261  # <s> is 256, </s> 257, below them the bytes
 VISION = {"width": 16, "layers": 2, "head_width": 8, "patch_size": 8, "image_size": SIDE, "quick_gelu": True}
@@ -288,3 +292,29 @@ def scene(tmp_path_factory):
     path = tmp_path_factory.mktemp("picture") / "picture.png"
     Image.linear_gradient("L").resize((48, 48)).convert("RGB").save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, of Playwright or of the system."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="NO BROWSER TEST: it needs `pip install playwright`")
+    with sync_api.sync_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path)
+        found = own if own.exists() else shutil.which("chromium") or shutil.which("google-chrome")
+        if not found:
+            pytest.skip("NO BROWSER: `playwright install chromium` or `apt-get install chromium`")
+        with playwright.chromium.launch(executable_path=found, args=["--no-sandbox", FOREIGN]) as browser:
+            yield browser
+
+
+@pytest.fixture
+def foreign_page(browser):
+    """A page of another origin, http://foreign.example, in the browser."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(f"http://foreign.example:{server.server_port}/README.md")
+        yield page
+        context.close()
+        server.shutdown()

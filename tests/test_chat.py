@@ -182,19 +182,6 @@ def test_two_who_chose_different_adapters_get_each_their_own(make_model, process
 # chat_app.py in a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, of Playwright or of the system."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="NO BROWSER TEST: it needs `pip install playwright`")
-    with sync_api.sync_playwright() as playwright:
-        own = Path(playwright.chromium.executable_path)
-        found = own if own.exists() else shutil.which("chromium") or shutil.which("google-chrome")
-        if not found:
-            pytest.skip("NO BROWSER: `playwright install chromium` or `apt-get install chromium`")
-        with playwright.chromium.launch(executable_path=found, args=["--no-sandbox"]) as browser:
-            yield browser
-
-
 # The app with a model that takes its time, as large ones do, and comes to no end by itself: the tiny base would have
 # written its longest reply before a browser without a core could stop it.
 UNHURRIED = """
@@ -221,7 +208,7 @@ def serve(temporary: Path, *arguments: str | Path, program: tuple[str, ...] = ("
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, *program, BASE, "--port", port, *arguments]
-    paths = {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT / "examples")}
+    paths = {"TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env={**QUIET, **paths}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -453,6 +440,20 @@ def test_what_is_no_picture_is_refused_in_a_sentence(open_page, tmp_path):
     page.get_by_text(re.compile("torn.png: .* no picture")).wait_for()
     assert page.get_by_test_id("user").count() == 0
     assert page.get_by_placeholder("Ask;").input_value() == "What is it?"
+
+
+def test_a_page_of_another_origin_can_neither_upload_nor_reach_the_app_by_its_own_name(app, open_page, foreign_page):
+    upload = """async address => {
+        const form = new FormData();
+        form.append('files', new File(['GIF89a'], 'foreign.gif'));
+        await fetch(address + '/gradio_api/upload', {method: 'POST', mode: 'no-cors', body: form});
+    }"""
+    for page, status in ((foreign_page, 403), (open_page(), 200)):
+        with page.expect_response("**/gradio_api/upload") as answer:
+            page.evaluate(upload, app[0])
+        assert answer.value.status == status
+        assert bool(list(app[1].glob("mmgpt-chat-*/*/foreign.gif"))) == (status == 200)
+    assert foreign_page.goto(app[0].replace("127.0.0.1", "rebound.example")).status == 400
 
 
 CLOCK = """() => {

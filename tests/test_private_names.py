@@ -27,13 +27,6 @@ ALLOWED = {
     "get_relative_import_files": "push_to_hub.py",
     # Templates.
     "render_jinja_template": "the tiny world, to find the words of its template",
-    # The server: transformers' own chat handler.
-    "ChatCompletionHandler": "serve.py",
-    "GenerateManager": "serve.py",
-    "GenerationState": "serve.py",
-    "Modality": "serve.py",
-    "ModelManager": "serve.py",
-    "_build_generation_config": "serve.py",
     # Measurements.
     "_compile_all_devices": "benchmark.py",
     "add_fused_lm_head": "benchmark.py",

@@ -345,6 +345,33 @@ def test_nothing_else_is_served(server, path):
     assert caught.value.code == 404
 
 
+def test_a_page_of_another_origin_can_neither_ask_nor_reach_the_server_by_its_own_name(server, foreign_page):
+    ask = """async ([address, body]) => {
+        await fetch(address, {method: 'POST', mode: 'no-cors', body, headers: {'Content-Type': 'text/plain'}});
+    }"""
+    body = json.dumps({"messages": CHATS["text"]})
+    with foreign_page.expect_response("**/v1/chat/completions") as answer:
+        foreign_page.evaluate(ask, [f"{server}/v1/chat/completions", body])
+    assert answer.value.status == 403 and post(server, body.encode())[0] == 200
+    assert foreign_page.goto(server.replace("127.0.0.1", "rebound.example") + "/v1/models").status == 400
+
+
+def test_an_abandoned_reply_that_is_not_streamed_is_no_longer_computed(server):
+    body = json.dumps({"messages": CHATS["text"], "max_tokens": LONGEST}).encode()
+    start = time.monotonic()
+    post(server, body)
+    alone = time.monotonic() - start
+    abandoned = [http.client.HTTPConnection(server.removeprefix("http://")) for _ in range(60)]
+    for connection in abandoned:
+        connection.request("POST", "/v1/chat/completions", body)
+    time.sleep(0.3)
+    for connection in abandoned:
+        connection.close()
+    start = time.monotonic()
+    assert post(server, body)[0] == 200
+    assert time.monotonic() - start < 20 * alone
+
+
 # Bars
 
 
