@@ -384,8 +384,8 @@ class MMGPTModel(MMGPTPreTrainedModel):
             )
         if image_numbers is not None and len(image_numbers) != shape[0]:
             raise ValueError(
-                f"`pixel_values` holds pictures of {shape[0]} rows, and `input_ids` has {len(image_numbers)} rows: give "
-                "both for the same rows."
+                f"`pixel_values` holds pictures of {shape[0]} rows, and `input_ids` has {len(image_numbers)} rows: "
+                "give both for the same rows."
             )
 
 
