@@ -71,7 +71,7 @@ class Terminal:
 
 def test_the_terminal_chat_takes_pictures_stops_clears_and_saves(tmp_path):
     shutil.copy(RECORDS / "colour.png", tmp_path / "my scene.png")
-    terminal = Terminal(ROOT / "examples/chat.py", BASE, "--max-new-tokens", "128", cwd=tmp_path)
+    terminal = Terminal(ROOT / "examples/chat.py", BASE, "--max-new-tokens", "64", cwd=tmp_path)
     terminal.read_until("> ")
     assert "nowhere.png" in terminal.say("/image nowhere.png")
     assert "/clear" in terminal.say("/wave")

@@ -25,7 +25,7 @@ from .compositions import WHOLE, Stamp, Studio, load_photos, load_stamps
 from .questions import COUNT, IS_IT, KIND, NAME, SECOND, Dialogue, Questions
 
 
-SHARES = {"one_thing": 0.62, "sides": 0.14, "count": 0.1, "two_pictures": 0.14}  # of the dialogues with pictures
+SHARES = {"one_thing": 0.4, "sides": 0.26, "count": 0.2, "two_pictures": 0.14}  # of the dialogues with pictures
 studio: Studio  # each process has one
 
 
