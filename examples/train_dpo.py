@@ -25,6 +25,7 @@ from trl import DPOConfig, DPOTrainer, TrlParser
 
 from modeling_mmgpt.adapters_mmgpt import load_for_tuning, lora_config
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
+from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
 from processing_mmgpt.data.annotations import MESSAGES, read_record
 from processing_mmgpt.data.records import field as field_of
 
@@ -61,6 +62,10 @@ def read_pairs(path: Path) -> Dataset:
     return Dataset.from_list(pairs)
 
 
+class Trainer(FiniteSteps, DPOTrainer):
+    """TRL's Trainer, which skips and names steps that are not finite."""
+
+
 def tune(script: ScriptArguments, config: DPOConfig) -> None:
     """Load, tune, save adapter and processor."""
     model = load_for_tuning(script.model_name_or_path, dtype="auto")
@@ -68,7 +73,7 @@ def tune(script: ScriptArguments, config: DPOConfig) -> None:
     peft_config = None
     if not isinstance(model, PeftModel):
         peft_config = lora_config(model, script.lora_r, script.lora_alpha, script.language_mlp)
-    trainer = DPOTrainer(
+    trainer = Trainer(
         model=model,
         args=config,
         train_dataset=read_pairs(script.data),
@@ -88,6 +93,7 @@ def main() -> None:
     # TRL's defaults: arithmetic that a CPU refuses, and a length at which it cuts behind an `<image>`.
     parser.set_defaults(bf16=torch.cuda.is_available(), max_length=None)
     script, config = parser.parse_args_and_config()
+    avoid_cudnn_attention()
     with one_run(config.output_dir):
         tune(script, config)
 

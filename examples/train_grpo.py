@@ -27,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from modeling_mmgpt.adapters_mmgpt import load_for_tuning, lora_config
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
+from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
 from processing_mmgpt import load_instruction_dataset
 from processing_mmgpt.data.recipe import files_of
 
@@ -89,6 +90,10 @@ def prompts(path: Path, seed: int) -> Dataset:
     return Dataset.from_dict({"index": range(len(data))}).with_transform(fetch)
 
 
+class Trainer(FiniteSteps, GRPOTrainer):
+    """TRL's Trainer, which skips and names steps that are not finite."""
+
+
 def tune(script: ScriptArguments, config: GRPOConfig) -> None:
     """Load, tune, save adapter and processor."""
     model = load_for_tuning(script.model_name_or_path, dtype="auto")
@@ -99,7 +104,7 @@ def tune(script: ScriptArguments, config: GRPOConfig) -> None:
     config.remove_unused_columns = False
     # TRL pads prompts itself and would take padding of ours for text.
     config.chat_template_kwargs = {"padding": False, "return_tensors": None}
-    trainer = GRPOTrainer(
+    trainer = Trainer(
         model=model,
         args=config,
         reward_funcs=find_reward(script.reward),
@@ -119,6 +124,7 @@ def main() -> None:
     parser = TrlParser((ScriptArguments, GRPOConfig))
     parser.set_defaults(bf16=torch.cuda.is_available())  # TRL's default is true, which a CPU refuses
     script, config = parser.parse_args_and_config()
+    avoid_cudnn_attention()
     with one_run(config.output_dir):
         tune(script, config)
 

@@ -33,7 +33,7 @@ class FiniteSteps:
     skipped_in_a_row = 0
     loss_of_step: torch.Tensor | float = 0.0
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any] | list, *args, **kwargs) -> torch.Tensor:
         """Compute gradients, and take them away if they are not finite.
 
         Raises:
@@ -47,7 +47,7 @@ class FiniteSteps:
                 self._look(inputs, loss_of_step)
         return loss.nan_to_num(0, 0, 0)  # one NaN would stay in the Trainer's sum to the end
 
-    def _look(self, inputs: dict[str, Any], loss: torch.Tensor) -> None:
+    def _look(self, inputs: dict[str, Any] | list, loss: torch.Tensor) -> None:
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         if is_finite(*gradients.values()):
             self.skipped_in_a_row = 0
@@ -56,9 +56,10 @@ class FiniteSteps:
         self.skipped_in_a_row += 1
         spoiled = [name for name, weight in self.model.named_parameters() if not is_finite(weight)]
         wrong = [name for name, gradient in gradients.items() if not is_finite(gradient)]
+        batch = inputs if isinstance(inputs, dict) else {}  # GRPO brings prompts, and makes its batch later
         rows = {
             key: (~value.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-            for key, value in inputs.items()
+            for key, value in batch.items()
             if isinstance(value, torch.Tensor) and value.is_floating_point() and not is_finite(value)
         }
         found = (
@@ -79,8 +80,8 @@ class FiniteSteps:
             raise FloatingPointError(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last of them {found}. The weights are "
                 "those before them. If the loss is finite, it is the way back that fails: lower the learning rates, "
-                "train without --bf16, or with another attention (--attn_implementation eager). If it is not, look "
-                "at the rows of these steps and at the weights that the run began with."
+                "or train without --bf16. If it is not, look at the rows of these steps and at the weights that the run "
+                "began with."
             )
 
 
