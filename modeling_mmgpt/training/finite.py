@@ -80,8 +80,8 @@ class FiniteSteps:
             raise FloatingPointError(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last of them {found}. The weights are "
                 "those before them. If the loss is finite, it is the way back that fails: lower the learning rates, "
-                "or train without --bf16. If it is not, look at the rows of these steps and at the weights that the run "
-                "began with."
+                "or train without --bf16. If it is not, look at the rows of these steps and at the weights that the "
+                "run began with."
             )
 
 
