@@ -101,12 +101,14 @@ def test_replies_at_once_are_those_of_one_after_the_other(base, processor, many,
     assert many.counts() == {"queued": 0, "pictures": 8, "pictures_encoded": 6}
 
 
-def test_a_chat_samples_when_it_asks_for_it(many, prompt):
-    async def ask():
-        hot = [prompt("circle:", temperature=2.0, top_p=0.99)] * 4
-        return [reply(pieces)[0] for pieces in await asyncio.gather(*(read(many, one) for one in hot))]
+def test_a_chat_samples_as_it_asks_to(many, prompt):
+    async def ask(**settings):
+        pieces = await asyncio.gather(*(read(many, prompt("circle:", **settings)) for _ in range(4)))
+        return {reply(one)[0] for one in pieces}
 
-    assert len(set(asyncio.run(ask()))) > 1
+    likeliest = asyncio.run(ask())
+    assert asyncio.run(ask(temperature=2.0, top_p=0.001)) == likeliest
+    assert len(likeliest) == 1 < len(asyncio.run(ask(temperature=2.0)))
 
 
 def test_who_leaves_frees_the_place_and_the_pictures_of_a_chat(many, prompt, monkeypatch):
@@ -168,7 +170,8 @@ def test_a_dead_engine_is_told_to_chats_and_to_who_asks_for_its_health(processor
     assert client.post("/v1/chat/completions", json=CHAT).status_code in (500, 503)
     while engine.error is None:
         time.sleep(0.01)
-    for answer in client.post("/v1/chat/completions", json=CHAT), client.get("/health"):
+    chats = [client.post("/v1/chat/completions", json={**CHAT, "stream": stream}) for stream in (False, True)]
+    for answer in (*chats, client.get("/health")):
         assert answer.status_code == 503 and "died" in answer.json()["error"]["message"]
     assert "too little" in answer.json()["error"]["message"]
     engine.close()
