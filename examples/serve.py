@@ -7,7 +7,7 @@ The model is a folder or a Hub id, of an adapter or of a whole model; it is serv
 id. Pictures come as data URLs; addresses are fetched only from hosts named by `--image-host`. See docs/serving.md.
 
 A request goes through the web layer (who may ask, bounds, schema), is prepared (rendered, its pictures opened), and is
-answered by an engine. What guards the first two lies in `processing_mmgpt/serving/`.
+answered by an engine, many at once where the model can. What guards the first two lies in `processing_mmgpt/serving/`.
 """
 
 import argparse
@@ -24,19 +24,25 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.middleware import Middleware
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from modeling_mmgpt.adapters_mmgpt import quantization_config
+from modeling_mmgpt.speed.serving import ManyAtOnce
 from processing_mmgpt.image_files_mmgpt import ImagePolicy, shorten
+from processing_mmgpt.processing_mmgpt import MMGPTProcessor
 from processing_mmgpt.serving.bounds import Bounds
 from processing_mmgpt.serving.callers import callers
 from processing_mmgpt.serving.fetching import fetch
+from processing_mmgpt.serving.metrics import Measured
 from processing_mmgpt.serving.pictures import PictureDecoder
 from processing_mmgpt.serving.refusing import refusal
-from processing_mmgpt.serving.rendering import Renderer, room
+from processing_mmgpt.serving.rendering import Renderer
 from processing_mmgpt.serving.replies import Engine, OneByOne, Prompt, written
 from processing_mmgpt.serving.running import closing, run
 
@@ -44,6 +50,7 @@ from processing_mmgpt.serving.running import closing, run
 BOUNDS = {"max_body": 64 * 2**20, "max_held": 256 * 2**20, "max_at_work": 128}
 MAX_MESSAGES, MAX_PARTS, MAX_PICTURES = 1000, 64, 16  # of a request, of a message, of a request
 MAX_TEXT, MAX_ELEMENTS = 1_000_000, 10_000  # characters of a request; its fields, parts and brackets
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
 COLDEST = 0.01  # temperature: colder ones divide to what is no number, which on a GPU ends the process's context
 
 logger = logging.getLogger("uvicorn.error")
@@ -196,9 +203,32 @@ def as_ours(part: ImagePart | TextPart) -> dict:
 # How it is answered
 
 
+def build_engine(model: PreTrainedModel, processor: MMGPTProcessor, kind: str, *sizes: int | None) -> Engine:
+    """Start what answers many chats at once; or one after the other, if `kind` is `"one"`, or `"auto"` and it cannot.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        kind: `"auto"`, `"batched"` or `"one"`.
+        *sizes: Further arguments of [`ManyAtOnce`].
+
+    Raises:
+        ImportError, ValueError: If `kind` is `"batched"` and it cannot.
+    """
+    if kind != "one":
+        try:
+            return ManyAtOnce(model, processor, *sizes)
+        except (ImportError, ValueError) as error:
+            if kind == "batched":
+                raise
+            logger.warning("Chats are answered one after the other: %s", error)
+    return OneByOne(model, processor)
+
+
 def build_app(name: str, preparation: Preparation, engine: Engine, **options) -> FastAPI:
-    """Make the web application: chats, the name of the model, and whether it is there."""
+    """Make the web application: chats, the name of the model, whether it is well, and what it does."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, **options)
+    measured = Measured(engine)
 
     async def asked(request: Request) -> tuple[Prompt, bool]:
         """What a request asks for, and whether as a stream; nothing else of it is kept."""
@@ -214,15 +244,19 @@ def build_app(name: str, preparation: Preparation, engine: Engine, **options) ->
         except ValueError as error:
             return refusal(400, str(error))
         request.state.let_go()
+        if engine.error is not None:
+            return refusal(503, DEAD)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        reply = written(engine, prompt)
+        reply = written(measured, prompt)
         if is_stream:
             return StreamingResponse(events(reply, about, len(prompt.input_ids)), media_type="text/event-stream")
         try:
             pieces = [piece async for piece in reply]
+        except ValueError as error:
+            return refusal(400, str(error))
         except Exception:
             logger.exception("A reply failed.")
-            return refusal(500, FAILED)
+            return refusal(500, FAILED) if engine.error is None else refusal(503, DEAD)
         message = {"role": "assistant", "content": "".join(text for text, _, _ in pieces)}
         choice = {"index": 0, "message": message, "finish_reason": pieces[-1][2]}
         told = usage(len(prompt.input_ids), pieces[-1][1])
@@ -233,13 +267,18 @@ def build_app(name: str, preparation: Preparation, engine: Engine, **options) ->
         return {"object": "list", "data": [{"id": name, "object": "model"}]}
 
     @app.get("/health")
-    def health() -> dict:
-        return {"status": "ok"}
+    def health() -> Response:
+        return JSONResponse({"status": "ok"}) if engine.error is None else refusal(503, f"{DEAD} {engine.error}")
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(measured.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
 FAILED = "The model failed over this request; the server's log says how."
+DEAD = "What generates has died; the server has to be started anew."
 
 
 async def events(reply: AsyncIterator, about: dict, prompt_tokens: int) -> AsyncIterator[str]:
@@ -268,6 +307,17 @@ def usage(prompt_tokens: int, tokens: int) -> dict:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
 
 
+def loading(device: str, dtype: str | None, quantization: str) -> dict:
+    """Arguments for `from_pretrained`; see the options of this program."""
+    is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    dtype = dtype or ("float32" if is_cpu else "auto")
+    how = {"device_map": device, "dtype": dtype}
+    if quantization != "none":
+        compute_dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        how["quantization_config"] = quantization_config(quantization, compute_dtype)
+    return how
+
+
 def main() -> None:
     """Load, serve."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -279,22 +329,30 @@ def main() -> None:
     parser.add_argument("--image-host", action="append", default=[], help="a host that pictures may be fetched from")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of the longest reply")
     parser.add_argument("--device", default="auto", help="such as cpu or cuda:0")
+    parser.add_argument("--dtype", choices=DTYPES, help="by default float32 on a CPU, else the model's own")
+    parser.add_argument("--quantization", choices=["none", "nf4", "int8"], default="none", help="by bitsandbytes")
+    parser.add_argument("--engine", choices=["auto", "batched", "one"], default="auto", help="many at once, or not")
+    parser.add_argument("--max-chats", type=int, default=32, help="that are answered at once; others wait")
+    parser.add_argument(
+        "--cache-tokens", type=int, help="of all those chats; by default 16,384 on a CPU, else what fits"
+    )
     args = parser.parse_args()
     try:
         processor = AutoProcessor.from_pretrained(args.model)
         renderer = Renderer(processor)
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto", device_map=args.device).eval()
-    except (OSError, ValueError) as error:
-        sys.exit(f"{args.model} cannot be loaded, or its base cannot: {error}")
+        how = loading(args.device, args.dtype, args.quantization)
+        model = AutoModelForImageTextToText.from_pretrained(args.model, **how).eval()
+        renderer.wait()
+        engine = build_engine(model, processor, args.engine, args.max_chats, args.cache_tokens)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"{args.model} cannot be served: {error}")
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     policy = ImagePolicy(fetch=partial(fetch, hosts=args.image_host) if args.image_host else None)
     decoder = PictureDecoder(policy)
-    size, longest = processor.image_processor.size, room(model, processor)
-    preparation = Preparation(renderer, decoder, size, longest, args.max_new_tokens)
+    preparation = Preparation(renderer, decoder, processor.image_processor.size, engine.room, args.max_new_tokens)
     guards = [*callers([args.host, *args.allowed_host], args.api_key), Middleware(Bounds, **BOUNDS)]
-    at_end = closing(renderer, decoder)
-    app = build_app(name, preparation, OneByOne(model, processor), middleware=guards, lifespan=at_end)
-    renderer.wait()
+    at_end = closing(engine, renderer, decoder)
+    app = build_app(name, preparation, engine, middleware=guards, lifespan=at_end)
     run(app, args.host, args.port)
 
 

@@ -272,7 +272,9 @@ def expected(adapter):
         return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     processor = AutoProcessor.from_pretrained(adapter)
-    models = [AutoModelForImageTextToText.from_pretrained(path, dtype="auto").eval() for path in (adapter, BASE)]
+    models = [
+        AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval() for path in (adapter, BASE)
+    ]
     return {name: [says(model, messages) for model in models] for name, messages in CHATS.items()}
 
 

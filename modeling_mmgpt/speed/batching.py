@@ -226,11 +226,12 @@ class BatchingEngine:
             waiting = [state for state in self.requests.queue if state.request_id == request_id]
             for state in waiting:
                 self.requests.take(state)
-        if waiting:
-            self._drop_handlers({request_id: waiting[0].logit_processor_kwargs["replies"]})
-        else:
-            for name in names_of(request_id, self.held.get(request_id, (set(), 1))[1]):
+            held = self.held.get(request_id)
+        if held is not None:
+            for name in names_of(request_id, held[1]):
                 self.manager.cancel_request(name)
+        else:  # it waited, was refused or never came
+            self._drop_handlers({request_id: waiting[0].logit_processor_kwargs["replies"] if waiting else 1})
 
     def register_result_handler(self, request_id: str, handle: Callable) -> None:
         """Have results of a request handed to a function, in the running event loop; call it before `add_request`."""

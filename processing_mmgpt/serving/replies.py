@@ -15,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel
 
 from ..processing_mmgpt import MMGPTProcessor
+from .rendering import room
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,26 @@ class Prompt:
 
 
 class Engine(Protocol):
-    """What writes replies."""
+    """What writes replies.
+
+    It has room for so many tokens of a chat, the reply included; and an `error` once it is dead, and all chats fail.
+    """
+
+    room: int
+    error: Exception | None
 
     def write(self, prompt: Prompt) -> AsyncIterator[str]:
         """Yield the text of a reply, one string for each token, which may be empty; the end token counts as well.
 
         It ends with the reply. Closing it, or cancelling who reads it, ends the work soon; before the reply has begun,
-        at once. An error of the model is raised to who reads.
+        at once. An error of the model is raised to who reads; a `ValueError` if the prompt cannot be answered.
         """
+
+    def counts(self) -> dict[str, int]:
+        """What else it counts, by name."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 class OneByOne:
@@ -57,8 +70,10 @@ class OneByOne:
         processor: Its processor.
     """
 
+    error = None  # of the model's failures the next reply knows nothing
+
     def __init__(self, model: PreTrainedModel, processor: MMGPTProcessor):
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.room = model, processor, room(model, processor)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writing")
 
     def write(self, prompt: Prompt) -> AsyncIterator[str]:
@@ -66,6 +81,13 @@ class OneByOne:
         sampling = {"temperature": prompt.temperature, "top_p": prompt.top_p} if prompt.temperature else {}
         options = {"max_new_tokens": prompt.max_new_tokens, "do_sample": bool(sampling), **sampling}
         return write(self.thread, self.model, self.processor, prompt.input_ids, prompt.images, **options)
+
+    def counts(self) -> dict[str, int]:
+        """Nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing: what is under way ends with its reader."""
 
 
 async def write(

@@ -11,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .pictures import PictureDecoder
 from .rendering import Renderer
+from .replies import Engine
 
 
 HEAD_SECONDS = 10  # from the connection, or the reply before, to the end of a request's head
@@ -43,7 +44,7 @@ class InTime(H11Protocol):
             self.transport.abort()
 
 
-def closing(*things: Renderer | PictureDecoder) -> Callable[[ASGIApp], AbstractAsyncContextManager[None]]:
+def closing(*things: Renderer | PictureDecoder | Engine) -> Callable[[ASGIApp], AbstractAsyncContextManager[None]]:
     """The `lifespan` of an application that closes things at its end; after a signal there is no other time for it."""
 
     @asynccontextmanager
