@@ -2,6 +2,7 @@
 
     python examples/measurements/batching.py --shape 9b --output batching.json     # one GPU, in less than four minutes
     python examples/measurements/batching.py --shape tiny --chats 1 8 32           # a CPU
+    python examples/measurements/batching.py --draw batching.json --output batching.png
 
 Weights are random. A chat is 128 tokens with a picture of its own and a reply of 64; N of them come at the same time.
 Each setting prints a line of JSON for each N: tokens a second of all replies, and for streamed replies the times to
@@ -155,6 +156,33 @@ def measure_sequential(model: nn.Module, shape: Shape, args: argparse.Namespace)
     return rows
 
 
+def draw(result: dict, path: Path) -> None:
+    """Draw tokens a second, and times to the first token and between tokens, over the chats at once."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4))
+    left, right = figure.subplots(1, 2)
+    for setting in dict.fromkeys(row["setting"] for row in result["rows"] if "chats" in row):
+        rows = [row for row in result["rows"] if row["setting"] == setting and "chats" in row]
+        counts = [row["chats"] for row in rows]
+        left.plot(counts, [row["tokens_s"] for row in rows], marker="o", label=setting)
+        if setting == "graphs":
+            for which, style in (("first", "-"), ("between", ":")):
+                for place, name in enumerate(("p50", "p95")):
+                    times = [row[f"streamed_{which}_ms"][place] for row in rows]
+                    right.plot(counts, times, style, marker="o^"[place], label=f"{which}, {name}")
+    left.set(xscale="log", yscale="log", xlabel="chats at once", ylabel="tokens / s", title=result["device"])
+    right.set(
+        xscale="log", yscale="log", xlabel="chats at once", ylabel="ms", title="to the first token and between, graphs"
+    )
+    for axes in (left, right):
+        axes.set_xticks(counts, counts)
+        axes.set_xticks([], minor=True)
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,8 +194,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of a prompt")
     parser.add_argument("--new_tokens", type=int, default=64, help="of a reply")
     parser.add_argument("--profile", action="store_true", help="also print what takes the time of the most chats")
+    parser.add_argument("--draw", type=Path, help="measure nothing: draw such a JSON file to the output, a PNG")
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args()
+    if args.draw:
+        draw(json.loads(args.draw.read_text()), args.output)
+        return
     began = time.perf_counter()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     result = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
