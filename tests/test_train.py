@@ -416,7 +416,7 @@ def test_gates_have_a_learning_rate_of_their_own(make_model, tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(rates) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.bars), True])
 def test_compiled_parts_learn_the_same_from_any_number_of_pictures(make_model, ids, pixels, packed):
     rng = random.Random(0)
     losses, models = [], []

@@ -139,8 +139,11 @@ def test_a_model_needs_no_open_clip(monkeypatch):
 # Adapters on the tower
 
 
-@pytest.mark.parametrize("checkpointed", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    ("options", "checkpointed"),
+    [({}, None), ({}, False), ({}, True), ({"use_dora": True}, None)],
+    ids=["lora", "lora-checkpointed", "lora-reentrant", "dora"],
+)
 @pytest.mark.parametrize("kind", ["ours", "clip"])
 def test_lora_on_every_linear_layer_learns(make_model, ids, pixels, tmp_path, kind, options, checkpointed):
     base, adapter, batch = tmp_path / "base", tmp_path / "adapter", batch_of(ids, pixels)
