@@ -11,9 +11,7 @@ Ctrl-C        stop the reply and take its question back, its pictures stay for t
 import argparse
 import contextlib
 import json
-import signal
 import sys
-import threading
 from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TextStreamer
@@ -31,23 +29,10 @@ COMMANDS = "/image FILE, /clear, /save FILE; Ctrl-C stops a reply, Ctrl-D ends t
 
 
 def reply(model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict], max_new_tokens: int) -> str:
-    """Write the reply to the screen, word by word, and return it.
-
-    Raises:
-        KeyboardInterrupt: At the next token after Ctrl-C; raised in the midst of a step, it could get lost there.
-    """
+    """Write the reply to the screen, word by word, and return it."""
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopped = threading.Event()
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
-    try:
-        criteria = [lambda ids, scores, **kwargs: stopped.is_set()]
-        ids = model.generate(**inputs.to(model.device), stopping_criteria=criteria, **options)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if stopped.is_set():
-        raise KeyboardInterrupt
+    ids = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

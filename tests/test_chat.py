@@ -43,6 +43,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=cwd, env=QUIET, text=True, bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
         )  # fmt: skip
 
     def type(self, line: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -144,6 +145,7 @@ def test_where_the_engine_cannot_run_chats_are_answered_one_after_the_other_with
         monkeypatch.setattr(batching, "ATTRIBUTES", ("request_queue",))
     else:
         monkeypatch.setattr(type(base.model.text_model), "_supports_attention_backend", False)
+    monkeypatch.setattr(serve, "logger", logging.getLogger("tests"))  # uvicorn keeps its own from the root
     engine = serve.build_engine(base, processor, "auto", 4)
     assert isinstance(engine, OneByOne) and why in caplog.text and "one after the other" in caplog.text
     answer = web(engine, prompt("circle:")).post("/v1/chat/completions", json=CHAT)
