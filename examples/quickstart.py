@@ -84,8 +84,7 @@ def tune(examples: list[Example], seed: int, output_dir: Path, base: Path = BASE
         peft_config=lora_config(model, r=16, lora_alpha=32, language_mlp=True),
     )
     trainer.train()
-    trainer.save_model(str(output_dir / "adapter"))
-    processor.save_pretrained(output_dir / "adapter")
+    trainer.save_model(str(output_dir / "adapter"))  # with the processor
 
 
 def load(adapter: Path) -> tuple[PreTrainedModel, ProcessorMixin]:

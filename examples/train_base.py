@@ -166,9 +166,7 @@ def train(script: ScriptArguments, config: TrainingArguments) -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if script.resume else None)
     if lora is not None:
         lora.merge_and_unload(safe_merge=True)
-    trainer.save_model(config.output_dir)
-    if trainer.accelerator.is_main_process:
-        processor.save_pretrained(config.output_dir)
+    trainer.save_model(config.output_dir)  # with the processor
 
 
 def main() -> None:

@@ -82,9 +82,7 @@ def tune(script: ScriptArguments, config: DPOConfig) -> None:
         callbacks=[WholeCheckpoints(config, [script.data])],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if script.resume else None)
-    trainer.save_model(config.output_dir)
-    if trainer.accelerator.is_main_process:
-        processor.save_pretrained(config.output_dir)
+    trainer.save_model(config.output_dir)  # with the processor
 
 
 def main() -> None:

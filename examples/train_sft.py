@@ -154,9 +154,8 @@ def tune(script: ScriptArguments, config: SFTConfig) -> None:
         samples = list(islice(held_out, script.samples))
         trainer.add_callback(SampleCallback(trainer.log, processor, samples))
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if script.resume else None)
-    trainer.save_model(config.output_dir)
+    trainer.save_model(config.output_dir)  # with the processor
     if trainer.accelerator.is_main_process:
-        processor.save_pretrained(config.output_dir)
         training = {"steps": trainer.state.global_step, "learning rate": config.learning_rate, "seed": config.seed}
         report = {"training": training} | (
             {"data": {script.data.name: len(data)}} if isinstance(data, Dataset) else {}
