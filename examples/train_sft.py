@@ -30,6 +30,7 @@ from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
 from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
 from modeling_mmgpt.training.latents import frozen_encoder
+from modeling_mmgpt.training.launching import check_launch
 from modeling_mmgpt.training.weights import decayed_weights
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
 from processing_mmgpt.data.latents import keep_latents
@@ -115,6 +116,7 @@ def cache_pictures(trainer: Trainer) -> None:
 
 def tune(script: ScriptArguments, config: SFTConfig) -> None:
     """Load, tune, save adapter and processor."""
+    check_launch(config, *(option for option in ("new_tokens", "cache_pictures") if getattr(script, option)))
     data, held_out = split_data(script, config)
     model = load_model(script)
     avoid_cudnn_attention()
