@@ -97,6 +97,11 @@ class MMGPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MMGPTVisionTower):
             module.initialize()
 
+    def post_init(self) -> None:
+        """Finish building: of the classes that stay whole on a device, name those that are here, all of which FSDP seeks."""
+        super().post_init()
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint filled.

@@ -4,11 +4,11 @@
     python examples/measurements/clusters.py --output-dir outputs/clusters --parts speed --only ddp-4-fast fsdp2-4-fast
 
 `speed`: tokens a second in steady state, peak memory of a GPU by nvidia-smi, and seconds from the launch to the end of
-the first step, at the shape of OpenFlamingo-9B with random bfloat16 weights: 8 rows of 2,048 tokens a step and GPU,
-each of four dialogues with a picture. `fast` is `--compile_layers true --fill_vocabulary true`. `losses`: the tiny
-base on the same batches whatever the number of GPUs; with two or four, some have no picture. `resume`: a run killed
-by SIGKILL and resumed. `options`: a few steps of what goes with what. A run that fails is noted with its error, and
-the next one goes on. `clusters.json` holds everything that the folder has results of.
+the first step, at the shape of OpenFlamingo-9B with random bfloat16 weights. A step is four times four rows of 2,048
+tokens on each GPU, a row four dialogues with a picture. `fast` is `--compile_layers true --fill_vocabulary true`.
+`losses`: the tiny base on the same batches whatever the number of GPUs; with two or four, some have no picture.
+`resume`: a run killed by SIGKILL and resumed. `options`: a few steps of what goes with what. A run that fails is noted
+with its error, and the next one goes on. `clusters.json` holds everything that the folder has results of.
 """
 
 import argparse
@@ -21,12 +21,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
-from itertools import product
+from itertools import accumulate, product, repeat
 from pathlib import Path
 
 import psutil
@@ -43,18 +44,17 @@ TINY_BASE = EXAMPLES / "tiny_world" / "base"
 PARTS = ("speed", "losses", "resume", "options")
 CONFIGS = ("ddp", "fsdp2", "zero2", "zero3")
 ON_GPUS = torch.cuda.is_available()
-SKIPPED = 4  # steps before the clock runs: torch compiles, and its allocator finds its sizes
+SKIPPED = 3  # steps before the clock runs: torch compiles, and its allocator finds its sizes
 FAST = {"compile_layers": True, "fill_vocabulary": True}
 SGD = {"dtype": "float32", "bf16": False, "optim": "sgd", "learning_rate": 1, "max_grad_norm": 0.5}
 OPTIONS = {
-    "fast": FAST,
+    "compile_layers": {"compile_layers": True},
+    "fill_vocabulary": {"fill_vocabulary": True},
     "new_tokens": {"new_tokens": True},
     "load_in_4bit": {"load_in_4bit": True},
     "cache_pictures": {"cache_pictures": True},
     "samples": {"eval_rows": 8, "eval_strategy": "steps", "eval_steps": 2, "samples": 2},
-    "language_mlp": {"language_mlp": True},
     "activation_checkpointing": {"activation_checkpointing": True},
-    "packing": {"packing": True, "max_length": 512},
 }
 
 
@@ -67,20 +67,20 @@ class Case:
     processes: int
     options: dict
     program: str = "train_sft.py"
-    kill_after: int | None = None  # steps, and SIGKILL follows
-    resumed: bool = False  # after that
+    timed: bool = False  # and ended at its last step: nobody waits for what follows
+    killed: bool = False  # by SIGKILL after the fifth step, and resumed
 
 
 def speed_cases(work: Path, tiny: bool) -> list[Case]:
-    """Each config on each number of GPUs, plain and fast; nobody waits for what follows the last step."""
+    """Each config on each number of GPUs, plain and fast."""
     options = {"model_name_or_path": work / "base", "data": work / "large" / "records.jsonl", "max_length": 2048}
-    options |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 14, "packing": True}
+    options |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "max_steps": 9, "packing": True}
     options |= {"learning_rate": 1e-4, "activation_checkpointing": False, "save_strategy": "no"}
     options |= {"dataloader_num_workers": 4}
     if tiny:
         options |= {**tiny_options(work), "max_length": 256, "per_device_train_batch_size": 4, "max_steps": 6}
     return [
-        Case(f"{config}-{n}-{setting}", config, n, {**options, **how}, kill_after=options["max_steps"])
+        Case(f"{config}-{n}-{setting}", config, n, {**options, **how}, timed=True)
         for config, n in (("one_gpu", 1), *product(CONFIGS, (2, 4)))
         for setting, how in (("plain", {}), ("fast", FAST))
     ]
@@ -97,10 +97,10 @@ def losses_cases(work: Path) -> list[Case]:
 
 
 def resume_cases(work: Path) -> list[Case]:
-    """Two processes: a run that is never killed, and one that is killed after the fifth of eight steps and resumed."""
+    """Eight steps of two processes: never killed, and killed and resumed."""
     options = {**tiny_options(work), "max_steps": 8, "save_steps": 2}
     whole = [Case(f"resume-{config}-whole", config, 2, options) for config in CONFIGS]
-    return whole + [Case(f"resume-{config}", config, 2, options, kill_after=5, resumed=True) for config in CONFIGS]
+    return whole + [Case(f"resume-{config}", config, 2, options, killed=True) for config in CONFIGS]
 
 
 def options_cases(work: Path) -> list[Case]:
@@ -192,11 +192,13 @@ def run(case: Case, folder: Path, cards: list[int], limit: float) -> None:
     if not ON_GPUS or not case.options.get("bf16", True):
         command += ["--mixed_precision", "no"]
     command += [str(EXAMPLES / case.program), *(piece for key in options for piece in (f"--{key}", str(options[key])))]
-    row = {"name": case.name, "processes": case.processes}
-    row |= launch(command, folder / f"{case.name}.log", cards, limit, case.kill_after)
-    if case.resumed:
-        again = launch([*command, "--resume"], folder / f"{case.name}.log", cards, limit)
-        row |= {"steps before SIGKILL": len(row["losses"]), **again}
+    log, row = folder / f"{case.name}.log", {"name": case.name, "processes": case.processes}
+    log.unlink(missing_ok=True)
+    if case.killed:
+        row["steps before SIGKILL"] = len(launch(command, log, limit, kill_after=5)["losses"])
+        command.append("--resume")
+    kill_after = case.options["max_steps"] if case.timed else None
+    row |= launch(command, log, limit, kill_after, cards if case.timed and ON_GPUS else [])
     for state in output.glob(f"checkpoint-{case.options['max_steps']}/trainer_state.json"):  # it has all digits
         row["losses"] = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
     (folder / f"{case.name}.json").write_text(json.dumps(row, indent=1) + "\n")
@@ -204,8 +206,10 @@ def run(case: Case, folder: Path, cards: list[int], limit: float) -> None:
     print(json.dumps(row | {"losses": shown}), flush=True)
 
 
-def launch(command: list[str], log: Path, cards: list[int], limit: float, kill_after: int | None = None) -> dict:
-    """Run a command to its end, or until it has logged so many steps, and say what was seen of it."""
+def launch(
+    command: list[str], log: Path, limit: float, kill_after: int | None = None, cards: Sequence[int] = ()
+) -> dict:
+    """Run a command to its end, or until it has logged so many steps, and say what was seen of it and of the cards."""
     start, steps, memory = time.monotonic(), [], []
     with log.open("a") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=EXAMPLES.parent)
@@ -245,10 +249,10 @@ def kill(process: subprocess.Popen) -> None:
                 one.kill()
 
 
-def watch(process: subprocess.Popen, cards: list[int], memory: list[int]) -> None:
+def watch(process: subprocess.Popen, cards: Sequence[int], memory: list[int]) -> None:
     """Note what nvidia-smi shows of the memory of some cards, in MiB, until a process ends."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", ",".join(map(str, cards))]
-    while ON_GPUS and process.poll() is None:
+    while cards and process.poll() is None:
         memory += map(int, subprocess.run(query, capture_output=True, text=True, check=True).stdout.split())
         time.sleep(0.5)
 
@@ -264,7 +268,7 @@ def table(folder: Path) -> dict:
         one = rows.get(f"one_gpu-1-{rest.split('-')[-1]}", {})
         if "tokens a second" in row and "tokens a second" in one and kind in ("one_gpu", *CONFIGS):
             row["efficiency"] = round(row["tokens a second"] / row["processes"] / one["tokens a second"], 3)
-        other = rows.get(name.replace("resumed", "whole") if kind == "resume" else f"{kind}-one_gpu-1", row)
+        other = rows.get(f"{name}-whole" if kind == "resume" else f"{kind}-one_gpu-1", row)
         if other is not row and len(row["losses"]) == len(other["losses"]) > 0:
             pairs = zip(row["losses"], other["losses"], strict=True)
             row[f"apart from {other['name']}"] = max(abs(a - b) / abs(b) for a, b in pairs)
@@ -274,6 +278,18 @@ def table(folder: Path) -> dict:
     return noted | {"rows": list(rows.values())}
 
 
+def waves(cases: list[Case], cards: int) -> list[list[Case]]:
+    """Put neighbours side by side that have a card for each process."""
+    waves, taken = [], cards
+    for case in cases:
+        if taken + case.processes > cards:
+            waves.append([])
+            taken = 0
+        waves[-1].append(case)
+        taken += case.processes
+    return waves
+
+
 def main() -> None:
     """Make models and data, launch the cases, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -281,24 +297,24 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, help="models and data, 17 GB; by default the output folder")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", nargs="+", metavar="CASE", help="names of cases, such as fsdp2-4-fast")
-    parser.add_argument("--at-once", type=int, default=1, help="cases at once, each on the next cards")
-    parser.add_argument("--cards", type=int, default=torch.cuda.device_count(), help="GPUs that may be used")
+    parser.add_argument("--at-once", type=int, default=4, help="runs of the tiny base at once, which share the cards")
     parser.add_argument("--limit", type=float, default=600, help="seconds for a case")
     parser.add_argument("--tiny", action="store_true", help="speed of the tiny base, to see that it runs")
     args = parser.parse_args()
     folder, work = args.output_dir.resolve(), (args.work_dir or args.output_dir).resolve()
+    cards = max(1, torch.cuda.device_count())
     folder.mkdir(parents=True, exist_ok=True)
     make_inputs(work, "speed" in args.parts and not args.tiny)
     cases = {"speed": speed_cases(work, args.tiny), "losses": losses_cases(work), "resume": resume_cases(work)}
     cases["options"] = options_cases(work)
-    cases = [case for part in args.parts for case in cases[part] if args.only is None or case.name in args.only]
-    first, jobs = 0, []
-    for case in cases:
-        if case.processes <= args.cards or not ON_GPUS:
-            jobs.append((case, folder, [(first + n) % max(1, args.cards) for n in range(case.processes)], args.limit))
-            first += case.processes
-    with ThreadPoolExecutor(args.at_once) as pool:
-        list(pool.map(lambda job: run(*job), jobs))
+    for part in args.parts:
+        asked = {case.name: case for case in cases[part] if case.processes <= cards or not ON_GPUS}
+        asked = [asked[name] for name in args.only or asked if name in asked]
+        for wave in waves(asked, cards) if part == "speed" else [asked]:
+            first = accumulate((case.processes for case in wave), initial=0)
+            taken = [[(k + n) % cards for n in range(case.processes)] for k, case in zip(first, wave, strict=False)]
+            with ThreadPoolExecutor(cards if part == "speed" else args.at_once) as pool:
+                list(pool.map(run, wave, repeat(folder), taken, repeat(args.limit)))
     (folder / "clusters.json").write_text(json.dumps(table(folder), indent=1) + "\n")
 
 
