@@ -98,7 +98,7 @@ class MMGPTPreTrainedModel(PreTrainedModel):
             module.initialize()
 
     def post_init(self) -> None:
-        """Finish building: of the classes that stay whole on a device, name those that are here, all of which FSDP seeks."""
+        """Finish building: of the classes that stay whole on a device, name those here, for FSDP seeks all of them."""
         super().post_init()
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
 
