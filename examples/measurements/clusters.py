@@ -261,14 +261,15 @@ def watch(process: subprocess.Popen, cards: Sequence[int], memory: list[int]) ->
 
 
 def table(folder: Path) -> dict:
-    """Gather the results of a folder, beside those of one GPU or of the run that was not killed."""
+    """Gather the results of a folder, beside those of one GPU, of DDP, or of the run that was not killed."""
     rows = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))}
     for name, row in rows.items():
         kind, _, rest = name.partition("-")
         one = rows.get(f"one_gpu-1-{rest.split('-')[-1]}", {})
         if "tokens a second" in row and "tokens a second" in one and kind in ("one_gpu", *CONFIGS):
             row["efficiency"] = round(row["tokens a second"] / row["processes"] / one["tokens a second"], 3)
-        other = rows.get(f"{name}-whole" if kind == "resume" else f"{kind}-one_gpu-1", row)
+        others = [f"{name}-whole", f"{kind}-one_gpu-1", f"{kind}-ddp"]
+        other = next((rows[other] for other in others if other in rows), row)
         if other is not row and len(row["losses"]) == len(other["losses"]) > 0:
             pairs = zip(row["losses"], other["losses"], strict=True)
             row[f"apart from {other['name']}"] = max(abs(a - b) / abs(b) for a, b in pairs)
