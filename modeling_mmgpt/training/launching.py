@@ -3,7 +3,6 @@
 import os
 
 from transformers import TrainingArguments
-from transformers.utils import strtobool
 
 
 # Why something does not go with a way of launching. docs/scaling.md has the table of what does.
@@ -25,7 +24,7 @@ def way_of(config: TrainingArguments) -> str:
     """
     if config.deepspeed_plugin is not None:
         return f"ZeRO-{config.deepspeed_plugin.zero_stage}"
-    if config.fsdp or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+    if config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "FSDP"
     return "DDP" if config.world_size > 1 else "one process"
 
