@@ -17,18 +17,16 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.middleware import Middleware
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -38,6 +36,7 @@ from processing_mmgpt.image_files_mmgpt import ImagePolicy, shorten
 from processing_mmgpt.processing_mmgpt import MMGPTProcessor
 from processing_mmgpt.serving.bounds import Bounds
 from processing_mmgpt.serving.callers import callers
+from processing_mmgpt.serving.chats import Chat, read_chat
 from processing_mmgpt.serving.fetching import fetch
 from processing_mmgpt.serving.metrics import Measured
 from processing_mmgpt.serving.pictures import PictureDecoder
@@ -48,112 +47,9 @@ from processing_mmgpt.serving.running import closing, run
 
 
 BOUNDS = {"max_body": 64 * 2**20, "max_held": 256 * 2**20, "max_at_work": 128}
-MAX_MESSAGES, MAX_PARTS, MAX_PICTURES = 1000, 64, 16  # of a request, of a message, of a request
-MAX_TEXT, MAX_ELEMENTS = 1_000_000, 10_000  # characters of a request; its fields, parts and brackets
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
-COLDEST = 0.01  # temperature: colder ones divide to what is no number, which on a GPU ends the process's context
 
 logger = logging.getLogger("uvicorn.error")
-
-
-# What a request may say. What the server would not do is refused, not ignored, and the first error is the last.
-
-
-class Strict(BaseModel):
-    """A part of a request; an unknown field is an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ImageURL(Strict):
-    """Where a picture is. The `detail` is the same for every picture."""
-
-    url: str
-    detail: Literal["auto", "low", "high"] = "auto"
-
-
-class ImagePart(Strict):
-    """A picture."""
-
-    type: Literal["image_url"]
-    image_url: ImageURL
-
-
-class TextPart(Strict):
-    """A text, or ours: the text of the `### Input:` block."""
-
-    type: Literal["text", "input"]
-    text: str
-
-
-Part = Annotated[ImagePart | TextPart, Field(discriminator="type")]
-Stop = Annotated[str, Field(min_length=1, max_length=100)]
-
-
-class Message(Strict):
-    """A message of a chat."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
-
-    def parts(self) -> list[ImagePart | TextPart]:
-        """Its parts; a bare string is one."""
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
-
-
-class Chat(Strict):
-    """A request, with the fields that are honoured, and those that may only say what is done anyway."""
-
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    model: str | None = None
-    stream: bool = False
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
-    n: int = Field(1, ge=1, le=1)
-    frequency_penalty: float = Field(0, ge=0, le=0)
-    presence_penalty: float = Field(0, ge=0, le=0)
-    stream_options: dict | None = None  # usage is always told
-    user: str | None = None
-
-    @field_validator("temperature")
-    @classmethod
-    def _leaves_numbers(cls, value: float | None) -> float | None:
-        if value and value < COLDEST:
-            raise ValueError(f"between 0 and {COLDEST} there is nothing left to sample; 0 takes the likeliest token")
-        return value
-
-
-def count_elements(body: bytes) -> int:
-    """About how many elements a JSON text has, without reading it; what stands in strings does not count."""
-    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")  # every quote that is left begins or ends a string
-    strings = plain.count(b'"') // 2
-    if strings > MAX_ELEMENTS:
-        return strings
-    return sum(part.count(mark) for part in plain.split(b'"')[::2] for mark in (b",", b"[", b"{"))
-
-
-def read_chat(body: bytes) -> Chat:
-    """Read a request.
-
-    Raises:
-        ValueError: If it is none, or holds too much.
-    """
-    if count_elements(body) > MAX_ELEMENTS:
-        raise ValueError(f"A request may have {MAX_ELEMENTS:,} elements.")
-    try:
-        chat = Chat.model_validate_json(body)
-    except ValidationError as error:
-        deepest = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
-        raise ValueError(f"{'.'.join(map(str, deepest['loc']))}: {deepest['msg']}"[:500]) from None
-    parts = [part for message in chat.messages for part in message.parts()]
-    if sum(isinstance(part, ImagePart) for part in parts) > MAX_PICTURES:
-        raise ValueError(f"A chat may hold {MAX_PICTURES} pictures.")
-    if sum(len(part.text) for part in parts if isinstance(part, TextPart)) > MAX_TEXT:
-        raise ValueError(f"A chat may hold {MAX_TEXT:,} characters of text.")
-    return chat
 
 
 # How it is prepared
@@ -179,7 +75,7 @@ class Preparation:
 
     async def prepare(self, chat: Chat) -> Prompt:
         """Make a prompt; raises `ValueError` if the chat cannot be answered as it is."""
-        messages = [{"role": message.role, "content": [*map(as_ours, message.parts())]} for message in chat.messages]
+        messages = [{"role": m.role, "content": [part.ours() for part in m.parts()]} for m in chat.messages]
         input_ids, sources = await self.renderer.render(messages, self.longest)
         wanted = chat.max_completion_tokens or chat.max_tokens or self.max_new_tokens
         unsaid = 0.0 if chat.top_p is None else 1.0
@@ -191,13 +87,6 @@ class Preparation:
             top_p=1.0 if chat.top_p is None else chat.top_p,
             stops=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
         )
-
-
-def as_ours(part: ImagePart | TextPart) -> dict:
-    """A part of OpenAI's in our form."""
-    if isinstance(part, ImagePart):
-        return {"type": "image", "image": part.image_url.url}
-    return {"type": part.type, "text": part.text}
 
 
 # How it is answered
@@ -237,26 +126,31 @@ def build_app(name: str, preparation: Preparation, engine: Engine, **options) ->
             raise ValueError(f"This server is pinned to {name!r}; asked for was {shorten(chat.model)}.")
         return await preparation.prepare(chat), chat.stream
 
+    def failure(error: Exception) -> Response:
+        """What the client is told if its reply fails: what is wrong with the request, or that it was not its fault."""
+        if isinstance(error, ValueError):
+            return refusal(400, str(error))
+        logger.error("A reply failed.", exc_info=error)
+        return refusal(500, FAILED) if engine.error is None else refusal(503, DEAD)
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         try:
             prompt, is_stream = await asked(request)
         except ValueError as error:
-            return refusal(400, str(error))
+            return failure(error)
         request.state.let_go()
         if engine.error is not None:
             return refusal(503, DEAD)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         reply = written(measured, prompt)
         if is_stream:
-            return StreamingResponse(events(reply, about, len(prompt.input_ids)), media_type="text/event-stream")
+            streamed = events(reply, about, len(prompt.input_ids), failure)
+            return StreamingResponse(streamed, media_type="text/event-stream")
         try:
             pieces = [piece async for piece in reply]
-        except ValueError as error:
-            return refusal(400, str(error))
-        except Exception:
-            logger.exception("A reply failed.")
-            return refusal(500, FAILED) if engine.error is None else refusal(503, DEAD)
+        except Exception as error:
+            return failure(error)
         message = {"role": "assistant", "content": "".join(text for text, _, _ in pieces)}
         choice = {"index": 0, "message": message, "finish_reason": pieces[-1][2]}
         told = usage(len(prompt.input_ids), pieces[-1][1])
@@ -281,8 +175,10 @@ FAILED = "The model failed over this request; the server's log says how."
 DEAD = "What generates has died; the server has to be started anew."
 
 
-async def events(reply: AsyncIterator, about: dict, prompt_tokens: int) -> AsyncIterator[str]:
-    """A reply as server-sent events."""
+async def events(
+    reply: AsyncIterator, about: dict, prompt_tokens: int, failure: Callable[[Exception], Response]
+) -> AsyncIterator[str]:
+    """A reply as server-sent events; if it fails, the last tells what a reply in one piece would have told."""
 
     def event(delta: dict, end: str | None = None, **more) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": end}
@@ -296,9 +192,8 @@ async def events(reply: AsyncIterator, about: dict, prompt_tokens: int) -> Async
                     yield event({"content": text})
                 if end:
                     yield event({}, end, usage=usage(prompt_tokens, tokens))
-        except Exception:
-            logger.exception("A reply failed.")
-            yield f"data: {json.dumps({'error': {'message': FAILED, 'type': 'server_error'}})}\n\n"
+        except Exception as error:
+            yield f"data: {failure(error).body.decode()}\n\n"
     yield "data: [DONE]\n\n"
 
 

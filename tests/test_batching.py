@@ -531,6 +531,10 @@ def test_generate_beside_an_engine_and_after_it_is_as_before(model, make_request
         thread.join()
     assert [results[name] for name in names] == beside == expected
     assert not model.model.text_model._forward_pre_hooks
+    pictured = next(request for request in requests if "pixel_values" in request)
+    given = {name: pictured[name] for name in ("input_ids", "pixel_values")}
+    model(**given, labels=given["input_ids"]).loss.backward()  # the engine's inference mode is not of the model
+    model.zero_grad()
 
 
 def test_pictures_that_cannot_be_encoded_fail_their_request_alone(make_model, ids, pixels, monkeypatch):

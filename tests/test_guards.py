@@ -27,6 +27,7 @@ from processing_mmgpt.image_files_mmgpt import ImagePolicy, open_image, square
 from processing_mmgpt.serving import running
 from processing_mmgpt.serving.bounds import SMALL, Bounds
 from processing_mmgpt.serving.callers import callers
+from processing_mmgpt.serving.chats import count_elements
 from processing_mmgpt.serving.pictures import WORKER, PictureDecoder
 from processing_mmgpt.serving.rendering import render
 from processing_mmgpt.serving.replies import find_first, until_stop, write
@@ -600,6 +601,6 @@ def test_a_request_that_says_too_much_or_another_thing_is_refused_in_a_short_sen
 def test_texts_may_hold_whatever_they_like():
     text = '[{,"\\' * 100_000
     assert serve.read_chat(body(messages=[{"role": "user", "content": text}])).messages[0].content == text
-    assert serve.count_elements(body(user=text)) == serve.count_elements(body(user=""))
+    assert count_elements(body(user=text)) == count_elements(body(user=""))
     chat = serve.read_chat(body(temperature=0, n=1, stop="a", top_p=1, frequency_penalty=0.0))
     assert (chat.temperature, chat.stop) == (0, "a") and serve.read_chat(body(stop=None)).stop is None

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import aclosing
 
+import httpx
 import pytest
 import serve
 import torch
@@ -74,12 +75,12 @@ def reply(pieces):
     return "".join(text for text, _, _ in pieces), *pieces[-1][1:]
 
 
-def web(engine, prompt) -> TestClient:
-    """The web application, of which every chat asks for the same prompt."""
+def web(engine, prompt, **others: Prompt) -> TestClient:
+    """The web application, of which every chat asks for the same prompt, but those that name another."""
 
     class Ready:
         async def prepare(self, chat):
-            return prompt
+            return others.get(chat.messages[0].content, prompt)
 
     app = serve.build_app("tiny", Ready(), engine, middleware=[Middleware(Bounds, **serve.BOUNDS)])
     return TestClient(app, raise_server_exceptions=False)
@@ -134,6 +135,38 @@ def test_who_leaves_frees_the_place_and_the_pictures_of_a_chat(many, prompt, mon
 def test_a_prompt_without_room_is_refused_and_nobody_waits_for_it(many, prompt):
     answer = web(many, prompt("a", max_new_tokens=10**6)).post("/v1/chat/completions", json=CHAT)
     assert answer.status_code == 400 and "room" in answer.json()["error"]["message"]
+    assert not many.engine.manager.output_router.result_handlers
+
+
+@pytest.mark.parametrize("why", ["no room", "no memory"])
+def test_an_error_over_one_chat_is_told_in_its_stream_and_nobody_else_is_disturbed(many, prompt, monkeypatch, why):
+    def encode(pictures):
+        if pictures:
+            raise MemoryError("too little for a picture")
+
+    honest = prompt("circle:", max_new_tokens=20)
+    if why == "no room":
+        told, kind, failing = "there is room for 1 to 512", "invalid_request_error", prompt("a", max_new_tokens=10**6)
+    else:
+        monkeypatch.setattr(many.engine.pool, "encode", encode)
+        told, kind, failing = serve.FAILED, "server_error", prompt("a", noise(1000))
+    alone = asyncio.run(read(many, honest))
+
+    async def ask():
+        transport = httpx.ASGITransport(web(many, honest, failing=failing).app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            chats = [CHAT, {"messages": [{"role": "user", "content": "failing"}]}, CHAT, CHAT]
+            bodies = [{**chat, "stream": True} for chat in chats]
+            return await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
+
+    answers = [
+        [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        for answer in asyncio.run(ask())
+    ]
+    error = answers.pop(1)[-1]["error"]
+    assert told in error["message"] and error["type"] == kind
+    said = ["".join(e["choices"][0]["delta"].get("content", "") for e in events) for events in answers]
+    assert said == [reply(alone)[0]] * 3 and many.error is None
     assert not many.engine.manager.output_router.result_handlers
 
 

@@ -429,7 +429,9 @@ def test_every_attack_is_refused_nothing_is_reached_and_the_server_lives(monkeyp
 
 
 @pytest.mark.bars
-def test_fifty_chats_at_once_with_clients_that_vanish(adapter, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fifty_chats_at_once_with_clients_that_vanish(adapter, tmp_path, dtype):
+    seconds = SOAK_SECONDS if dtype == "float32" else min(SOAK_SECONDS, 120)
     rng = random.Random(0)
     words = "circle square star heart red blue plane barn carrot".split()
     cases = [[user(f"{rng.choice(words)} {rng.choice(words)} {number}:")] for number in range(20)]
@@ -437,7 +439,7 @@ def test_fifty_chats_at_once_with_clients_that_vanish(adapter, tmp_path):
     requests = {
         str(n): {"model": "adapter", "messages": messages, "max_tokens": 24} for n, messages in enumerate(cases)
     }
-    with serving(adapter, tmp_path / "log") as (url, process):
+    with serving(adapter, tmp_path / "log", "--dtype", dtype) as (url, process):
         alone = ask(url, CLIENT, requests)
         plan = [{"arguments": requests[name], "text": alone[name]["text"]} for name in requests]
         memory, start = [], time.monotonic()
@@ -445,20 +447,22 @@ def test_fifty_chats_at_once_with_clients_that_vanish(adapter, tmp_path):
         client = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        client.stdin.write(json.dumps({"cases": plan, "seconds": SOAK_SECONDS}))
+        client.stdin.write(json.dumps({"cases": plan, "seconds": seconds}))
         client.stdin.close()
         while client.poll() is None:
             memory.append(psutil.Process(process.pid).memory_info().rss / 2**20)
             time.sleep(1)
-            assert time.monotonic() - start < SOAK_SECONDS + 300
+            assert time.monotonic() - start < seconds + 300
         errors, counts = client.stderr.read(), json.loads(client.stdout.read() or "{}")
         assert client.returncode == 0, errors
         again = ask(url, CLIENT, requests)
     quarter = len(memory) // 4
     before, after = statistics.median(memory[quarter : 2 * quarter]), statistics.median(memory[-quarter:])
-    figures = {"seconds": SOAK_SECONDS, "chats_at_once": 50, "memory_mib_second_quarter": round(before, 1)}
+    figures = {"seconds": seconds, "dtype": dtype, "chats_at_once": 50, "memory_mib_second_quarter": round(before, 1)}
     figures |= {"memory_mib_last_quarter": round(after, 1), **counts}
-    note("serving_soak", figures, "pytest -m bars tests/test_serving.py")
-    assert counts["wrong"] == 0 and counts["finished"] > 50 and counts["vanished"] > 20
+    name = "serving_soak" if dtype == "float32" else f"serving_soak_{dtype}"
+    note(name, figures, "pytest -m bars tests/test_serving.py")
+    assert counts["wrong"] == 0 or dtype == "bfloat16"  # there a reply depends on what else is under way
+    assert counts["finished"] > 50 and counts["vanished"] > 20
     assert {name: again[name]["text"] for name in requests} == {name: alone[name]["text"] for name in requests}
     assert after < 1.05 * before

@@ -57,8 +57,10 @@ class RequestNumbers:
         getting = [request for request in requests_in_batch if request.has_new_token]
         pictures, sampling = arg_storage.split([self.of_pictures, self.tensors_required - self.of_pictures])
         for name, lines, to in ("pictures", pictures, requests_in_batch), ("sampling", sampling, getting):
-            columns = [request.state.logit_processor_kwargs.get(name, [0] * len(lines)) for request in to]
-            lines[:, : len(to)] = torch.tensor(columns).view(len(to), -1)[:, : len(lines)].T if to else 0
+            none = lines.new_zeros(len(lines))
+            columns = [request.state.logit_processor_kwargs.get(name, none) for request in to]
+            if len(lines) and columns:
+                lines[:, : len(to)] = torch.stack(columns, dim=1)
         return arg_storage
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -160,7 +162,8 @@ class BatchingEngine:
             stack.callback(self.manager.stop, hard_stop=True)
             self.room = self.manager.batch_processor.cache.num_blocks * config.page_size
             self.room = min(self.room, getattr(self.config.text_config, "max_position_embeddings", None) or self.room)
-            self.manager.start()
+            with torch.inference_mode():  # which its thread takes over, and which spares an operation some microseconds
+                self.manager.start()
             self.on_exit = stack.pop_all()
         return self
 
@@ -213,7 +216,7 @@ class BatchingEngine:
             eos_token_id=settings.get("eos_token_id"),
             streaming=streaming,
             pictures=self.pool.find_pictures(ids, pixel_values, num_frames),
-            sampling=sampling_numbers(settings, self.config.text_config.vocab_size),
+            sampling=torch.tensor(sampling_numbers(settings, self.config.text_config.vocab_size)),
             replies=settings.get("num_return_sequences") or 1,
         )
         if request_id is None:

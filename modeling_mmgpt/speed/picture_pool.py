@@ -130,11 +130,12 @@ class PicturePool:
             pictures.append(Picture(key, place, number + 1, pixels))
         return pictures
 
-    def numbers(self, pictures: list[Picture]) -> list[int]:
+    def numbers(self, pictures: list[Picture]) -> torch.Tensor:
         """Places and slots of the pictures of a request, as [`PicturePool.condition`] takes them."""
-        padding = [0] * (self.max_pictures - len(pictures))
-        slots = [self.slots[picture.key] for picture in pictures]
-        return [*(picture.place for picture in pictures), *padding, *slots, *padding]
+        numbers = torch.zeros(2, self.max_pictures, dtype=torch.int32)
+        for number, picture in enumerate(pictures):
+            numbers[0, number], numbers[1, number] = picture.place, self.slots[picture.key]
+        return numbers.flatten()
 
     def mark(self, ids: list[int], pictures: list[Picture]) -> list[int]:
         """Make ids unlike where what the LM makes of them is unlike, so that the engine finds equal prompts.
@@ -212,13 +213,13 @@ class PicturePool:
             is_static: Whether all slots have to be there, for every step to have the same shapes.
         """
         places, slots = numbers[: 2 * self.max_pictures].chunk(2)
+        if not is_static and not slots.any():
+            return None
         mode = self.model.config.media_attention
         seen, has_images = attended_slots(places, slots, ends, positions, mode, 1 + len(self.slots))
         attends, layers = seen.any(dim=1), Layers(self.layers)
         seen = torch.cat([~attends[:, None], seen[:, 1:]], dim=1)
         if not is_static:
-            if not has_images.any():
-                return None
             used = seen.any(dim=0).nonzero()[:, 0]
             seen, layers = seen[:, used], self.choose(used)
         return Conditioning(

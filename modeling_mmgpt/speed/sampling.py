@@ -60,6 +60,8 @@ def choose_by(
     Returns:
         `(R, V)`.
     """
+    if scores.device.type == "cpu" and not temperature.any():  # an accelerator would have to be waited for
+        return torch.full_like(scores, -torch.inf).scatter_(1, scores.argmax(dim=1, keepdim=True), 0)
     temperature, top_p = (x.view(torch.float32)[:, None] for x in (temperature, top_p))
     top_k = top_k[:, None].long().clamp(1, scores.shape[1])
     is_greedy = temperature == 0
