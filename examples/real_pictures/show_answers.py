@@ -36,8 +36,8 @@ def draw(pictures: dict[str, list[dict]], folder: Path, columns: int = 3) -> plt
             said = row["said"]["as they are"]
             colour = "green" if is_right(said, row["answers"]) else "red"
             line = f"{row['messages'][-1]['content'][-1]['text']} {said}"
-            axis.text(0.5, -0.03 - 0.09 * number, line, color=colour, ha="center", va="top", transform=axis.transAxes)
-    figure.tight_layout()
+            axis.text(0.5, -0.03 - 0.08 * number, line, color=colour, ha="center", va="top", transform=axis.transAxes)
+    figure.subplots_adjust(0.01, 0.09, 0.99, 0.99, wspace=0.04, hspace=0.24)
     return figure
 
 
