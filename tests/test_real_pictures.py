@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import train_base
+import train_sft
 from PIL import Image
-from real_pictures import baselines, evaluate, make_data, own_answers, show_answers
+from real_pictures import baselines, evaluate, free_photographs, in_context, make_data, own_answers, show_answers
 from real_pictures.compositions import LEFT, RIGHT, TABLES, WHOLE, Stamp, Studio, load_photos, load_stamps
 from real_pictures.questions import Questions
 from transformers import (
@@ -115,6 +116,17 @@ def test_from_cut_outs_to_scores(sources, tables, parts, tmp_path, monkeypatch, 
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert all(row["said"].keys() == {"as they are", "blank", "swapped"} for row in answers)
     assert "| names | 8 |" in capsys.readouterr().out
+    assert result["text questions"] == {"now": 0.0, "before": 0.0}
+    call(
+        monkeypatch,
+        train_sft,
+        *("--model_name_or_path", tmp_path / "model", "--data", tmp_path / "recipe.yaml", "--max_length", 1024),
+        *("--output_dir", tmp_path / "tuned", "--lora_r", 2, "--learning_rate", 1e-3, "--max_steps", 2),
+        *("--per_device_train_batch_size", 2, "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
+    )
+    given = ("--data", pool, "--output_dir", out, "--episodes", 3, "--shots", 0, 2)
+    call(monkeypatch, in_context, tmp_path / "tuned", *given)
+    assert not json.loads((out / "in_context.json").read_text())["things never seen, shuffled, 2"]["said"]["share"]
 
 
 def test_own_answers_are_kept_if_they_end(parts, tmp_path, monkeypatch):
@@ -125,6 +137,47 @@ def test_own_answers_are_kept_if_they_end(parts, tmp_path, monkeypatch):
     kept = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("held_out", "train")]
     assert len(kept[0]) <= 1 and len(kept[0]) + len(kept[1]) < 12
     assert len(set(own_answers.prompts(1200, 0))) == 1200
+
+
+def test_replies_are_searched_for_the_answers(parts, tmp_path):
+    from processing_mmgpt import MMGPTProcessor
+
+    processor = MMGPTProcessor.from_vision_text_pretrained(parts / "tower", parts / "lm")
+    model = AutoModelForCausalLM.from_pretrained(parts / "lm")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()  # every token is as likely, and the first one is taken
+    first = processor.tokenizer.decode([0])
+    for number, (answers, share) in enumerate([(["no", first], 1.0), (["no"], 0.0)]):
+        (tmp_path / f"{number}.json").write_text(json.dumps([{"question": "Hi?", "answers": answers}]))
+        assert evaluate.text_answers(model, processor, tmp_path / f"{number}.json") == share
+
+
+def test_photographs_that_are_free_are_asked_about(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    rows = free_photographs.rows(tmp_path)
+    assert [row["answers"] for row in rows[:4]] == [
+        *(["temple", "palace", "pagoda"], ["building"], ["flower", "dahlia"], ["plant"])
+    ]
+    assert all("CC" in row["about"] or "public domain" in row["about"] for row in rows)
+    assert Image.open(tmp_path / rows[0]["images"][0]).size == (640, 427)
+
+
+def test_an_episode_names_two_kinds_and_asks_for_one():
+    shown = {kind: [f"{kind}{number}" for number in range(4)] for kind in ("animal", "food", "plant")}
+    asked = {"animal": ["a"], "food": ["f"]}
+    moved, right = 0, []
+    for seed in range(60):
+        episode = in_context.episode(random.Random(seed), shown, asked, 4)
+        words = [turn["content"] for turn in episode["messages"] if turn["role"] == "assistant"]
+        kinds = [path[:-1] for path in episode["own"][:-1]]
+        named = dict(zip(kinds, words, strict=True))
+        assert sorted(words) == sorted(episode["words"] * 2) and len(set(episode["own"])) == 5
+        assert named["animal" if episode["own"][-1] == "a" else "food"] == episode["answer"]
+        assert episode["own"][-1] == episode["shuffled"][-1] == episode["about"]
+        assert sorted(path[:-1] for path in episode["shuffled"][:-1]) == sorted(kinds)
+        moved += [path[:-1] for path in episode["shuffled"][:-1]] != kinds
+        right.append(episode["words"].index(episode["answer"]))
+    assert moved > 30 and 15 < sum(right) < 45
 
 
 @pytest.fixture
@@ -157,15 +210,59 @@ def test_things_stand_where_they_are_said_to(studio):
 def test_questions_are_answered_by_the_pictures(studio):
     studio, stamps = studio
     for seed in range(40):
-        for draw in make_data.SHARES:
-            turns, things = getattr(Questions(studio, stamps, random.Random(seed)), draw)()
+        for draw in (*make_data.SHARES, "two_pictures"):
+            turns, things = getattr(Questions(studio, stamps, random.Random(seed), wild=0.5), draw)()
             assert turns[0][0] is not None and all(question and answer for _, question, answer in turns)
             if draw == "two_pictures":
                 assert turns[1][0] is not None and turns[1][2] == things[1].name != things[0].name
-            if draw == "one_thing":
+            if draw in ("one_thing", "yes_or_no"):
                 for _, question, answer in turns:
                     asked = [stamp.name for stamp in stamps if stamp.name in question]
                     assert answer not in ("yes", "no") or (asked == [things[0].name]) == (answer == "yes")
+
+
+def test_no_answer_can_be_told_from_the_turns_before_it(studio):
+    studio, stamps = studio
+    first, later = [], []
+    for seed in range(400):
+        turns, _ = Questions(studio, stamps, random.Random(seed)).yes_or_no()
+        answers = [answer for _, _, answer in turns]
+        assert "yes" not in answers[:-1] and 1 <= len(answers) <= 4  # after a yes, all else would be no
+        first.append(answers[0])
+        later += answers[1:]
+    assert 0.43 < first.count("yes") / len(first) < 0.57 and 0.43 < later.count("yes") / len(later) < 0.57
+    for seed in range(40):
+        ((_, question, answer), (_, then, last)), _ = Questions(studio, stamps, random.Random(seed)).sides()
+        assert last not in question and last != answer
+        if last in ("left", "right"):
+            assert "next to" in question
+        else:
+            assert question.split()[-1] != then.split()[-1]
+
+
+def test_a_wild_picture_still_shows_the_thing(studio):
+    studio, stamps = studio
+    stamps = {stamp.name: stamp for stamp in stamps}
+    studio._background = lambda rng: Image.new("RGB", (64, 64), "white")
+    shares = []
+    for seed in range(60):
+        picture = studio.compose([(stamps["ruby"], WHOLE)], random.Random(seed), wild=True)
+        assert picture.size == (64, 64) and picture.mode == "RGB"
+        shares.append(colour_share(picture, "red"))
+    assert np.mean([share > 0.02 for share in shares]) > 0.75 and max(shares) > 0.5  # one in ten is grey
+    both = [(stamps["ruby"], LEFT), (stamps["leaf"], RIGHT)]
+    for seed in range(20):  # nothing is cut off where places are asked for
+        picture = studio.compose(both, random.Random(seed), wild=True)
+        assert colour_share(picture, "red", RIGHT) < 0.01 and colour_share(picture, "green", LEFT) < 0.01
+
+
+def test_each_dialogue_has_two_pictures(studio, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_data, "studio", studio[0], raising=False)
+    (tmp_path / "pictures").mkdir()
+    for number in range(20):
+        row = make_data.train_row(number, tmp_path, studio[1], 0)
+        parts = [part for turn in row["messages"] if turn["role"] == "user" for part in turn["content"]]
+        assert len(row["images"]) == 2 == sum(part["type"] == "image" for part in parts)
 
 
 def test_rows_are_the_same_whatever_the_number_of_processes(studio, tmp_path, monkeypatch):

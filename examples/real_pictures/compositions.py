@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 
 TABLES = Path(__file__).parent
@@ -80,24 +80,51 @@ class Studio:
         self.cut_outs = {stamp.file: _cut_out(folder / stamp.file) for stamp in stamps}
         self.backgrounds = [Image.open(path).convert("RGB") for path in backgrounds]
 
-    def compose(self, placed: list[tuple[Stamp, Box]], rng: random.Random) -> Image.Image:
-        """Set cut-outs into their boxes, each with a size, place, turn and light of its own."""
+    def compose(self, placed: list[tuple[Stamp, Box]], rng: random.Random, wild: bool = False) -> Image.Image:
+        """Set cut-outs into their boxes, each with a size, place, turn and light of its own.
+
+        Args:
+            placed: The cut-outs, and where each may stand.
+            rng: Where all that is random comes from.
+            wild: Turn and stretch them further, and see the whole as a poor photograph may: a part of it, blurred,
+                grey, half hidden. So a thing is learnt by more than the one view that there is of it.
+        """
         picture = self._background(rng)
         for stamp, (left, top, right, bottom) in placed:
             cut_out = self.cut_outs[stamp.file]
             if stamp.kind not in UPRIGHT and rng.random() < 0.5:
                 cut_out = ImageOps.mirror(cut_out)
-            cut_out = cut_out.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR, expand=True)
+            if wild:
+                stretched = [max(1, round(side * rng.uniform(0.75, 1.3))) for side in cut_out.size]
+                cut_out = cut_out.resize(stretched, Image.Resampling.BILINEAR)
+            turn = rng.uniform(-45, 45) if wild else rng.uniform(-15, 15)
+            cut_out = cut_out.rotate(turn, Image.Resampling.BILINEAR, expand=True)
             width, height = (right - left) * self.size, (bottom - top) * self.size
             scale = rng.uniform(0.55, 0.98) * min(width / cut_out.width, height / cut_out.height)
             cut_out = cut_out.resize([max(1, round(side * scale)) for side in cut_out.size])
             light, alpha = cut_out.convert("RGB"), cut_out.getchannel("A")
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-                light = enhance(light).enhance(rng.uniform(0.75, 1.25))
+                light = enhance(light).enhance(rng.uniform(0.5, 1.5) if wild else rng.uniform(0.75, 1.25))
             x = left * self.size + rng.uniform(0, width - cut_out.width)
             y = top * self.size + rng.uniform(0, height - cut_out.height)
             picture.paste(light, (round(x), round(y)), alpha)
-        return picture
+        return self._worsened(picture, rng, whole=placed[0][1] == WHOLE) if wild else picture
+
+    def _worsened(self, picture: Image.Image, rng: random.Random, whole: bool) -> Image.Image:
+        """See a picture as a poor photograph; where it is of one thing alone, a part of it, and partly hidden."""
+        if whole and rng.random() < 0.6:
+            side = rng.uniform(0.5, 1) * self.size
+            x, y = (rng.uniform(0, self.size - side) for _ in range(2))
+            picture = picture.resize(picture.size, Image.Resampling.BICUBIC, (x, y, x + side, y + side))
+        if whole and rng.random() < 0.3:
+            sides = [round(rng.uniform(0.1, 0.45) * self.size) for _ in range(2)]
+            corner = [rng.randrange(self.size - side) for side in sides]
+            picture.paste(
+                tuple(rng.randrange(256) for _ in range(3)), (*corner, *map(sum, zip(corner, sides, strict=True)))
+            )
+        if rng.random() < 0.25:
+            picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 2)))
+        return ImageOps.grayscale(picture).convert("RGB") if rng.random() < 0.1 else picture
 
     def _background(self, rng: random.Random) -> Image.Image:
         """White, a colour, two colours that run into each other, or a part of a photograph."""

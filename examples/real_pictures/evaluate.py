@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from processing_mmgpt import MMGPTCollator
 
+from .compositions import TABLES
+
 
 CONTROLS = ("as they are", "blank", "swapped")
 
@@ -126,6 +128,25 @@ def text_loss(model, processor, rows: list[dict], batch_size: int) -> float:
     return total / count
 
 
+@torch.inference_mode()
+def text_answers(model, processor, table: Path = TABLES / "text_questions.json") -> float:
+    """The share of easy questions without a picture whose greedy reply holds an answer. A bare LM can be given."""
+    rows = json.loads(table.read_text())
+    batch = processor.apply_chat_template(
+        [[{"role": "user", "content": row["question"]}] for row in rows],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    ).to(model.device)
+    batch["input_ids"] *= batch["attention_mask"]
+    new = model.generate(**batch, max_new_tokens=32, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id)
+    said = processor.tokenizer.batch_decode(new[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [
+        any(answer.lower() in one.lower() for answer in row["answers"]) for one, row in zip(said, rows, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
 def markdown(table: dict[str, dict]) -> str:
     """Write scores as a table."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
@@ -153,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--data", type=Path, required=True, help="folder that make_data.py has written")
-    parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument("--split", default="validation", help="validation, test, or free, of free_photographs.py")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--no_controls", action="store_true", help="leave out blank and swapped pictures")
     parser.add_argument("--texts", type=Path, help="JSONL of held-out rows of text, to measure the loss on")
@@ -177,20 +198,22 @@ def main() -> None:
         right = np.mean([is_right(one, row["answers"]) for one, row in zip(said[control], rows, strict=True)])
         print(f"pictures {control}: {100 * right:.1f} % of {len(rows)} rows", flush=True)
     baselines = args.data / "baselines.json"
-    classified = json.loads(baselines.read_text())[args.split] if baselines.exists() and args.rows is None else {}
+    whole = baselines.exists() and args.rows is None
+    classified = json.loads(baselines.read_text()).get(args.split, {}) if whole else {}
     result = {"model": args.model, "split": args.split, "scores": scores(rows, said, classified)}
     if args.texts:
         texts = read(args.texts)
-        result["text loss"] = {"now": text_loss(model, processor, texts, args.batch_size)}
+        models = {"now": model}
         if args.text:
-            before = AutoModelForCausalLM.from_pretrained(args.text, dtype=dtype).to(device).eval()
-            result["text loss"]["before"] = text_loss(before, processor, texts, args.batch_size)
+            models["before"] = AutoModelForCausalLM.from_pretrained(args.text, dtype=dtype).to(device).eval()
+        result["text loss"] = {when: text_loss(one, processor, texts, args.batch_size) for when, one in models.items()}
+        result["text questions"] = {when: text_answers(one, processor) for when, one in models.items()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "scores.json").write_text(json.dumps(result, indent=1) + "\n")
     given = [{**row, "said": {control: all_[n] for control, all_ in said.items()}} for n, row in enumerate(rows)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given)
     (args.output_dir / "answers.jsonl").write_text(lines, encoding="utf-8")
-    print(markdown(result["scores"]), json.dumps(result.get("text loss")), sep="\n", flush=True)
+    print(markdown(result["scores"]), *(json.dumps(result.get(f"text {x}")) for x in ("loss", "questions")), sep="\n")
 
 
 if __name__ == "__main__":

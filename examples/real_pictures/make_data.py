@@ -25,7 +25,8 @@ from .compositions import WHOLE, Stamp, Studio, load_photos, load_stamps
 from .questions import COUNT, IS_IT, KIND, NAME, SECOND, Dialogue, Questions
 
 
-SHARES = {"one_thing": 0.4, "sides": 0.26, "count": 0.2, "two_pictures": 0.14}  # of the dialogues with pictures
+SHARES = {"one_thing": 0.36, "yes_or_no": 0.2, "sides": 0.24, "count": 0.2}  # of the pictures
+WILD = 0.5  # of the pictures
 studio: Studio  # each process has one
 
 
@@ -43,17 +44,23 @@ def record(dialogue: Dialogue, folder: Path, name: str) -> dict:
 
 
 def train_row(number: int, folder: Path, stamps: list[Stamp], seed: int) -> dict:
-    """Make the training dialogue of a number."""
+    """Make the training dialogue of a number: about a picture, and then about another one."""
     rng = random.Random(f"{seed}/train/{number}")
-    draw = rng.choices([*SHARES], [*SHARES.values()])[0]
-    return record(getattr(Questions(studio, stamps, rng), draw)(), folder, f"train-{number}")
+    ask = Questions(studio, stamps, rng, WILD)
+    (first, things), (second, others) = (
+        getattr(ask, draw)() for draw in rng.choices([*SHARES], [*SHARES.values()], k=2)
+    )
+    picture, question, answer = second[0]
+    if question in NAME and rng.random() < 0.5:
+        second[0] = picture, rng.choice(SECOND), answer
+    return record((first + second, things + others), folder, f"train-{number}")
 
 
 def view(number: int, folder: Path, stamps: list[Stamp], seed: int) -> dict:
     """Make one picture of one thing, for the baselines."""
     rng = random.Random(f"{seed}/view/{number}")
     stamp, path = rng.choice(stamps), f"pictures/view-{number}.jpg"
-    studio.compose([(stamp, WHOLE)], rng).save(folder / path, quality=92)
+    studio.compose([(stamp, WHOLE)], rng, wild=rng.random() < WILD).save(folder / path, quality=92)
     return {"image": path, "name": stamp.name, "kind": stamp.kind}
 
 
@@ -155,7 +162,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--backgrounds", nargs="*", default=["monuments", "renewable"], help="parts of their paths")
-    parser.add_argument("--rows", type=int, default=100_000, help="dialogues with pictures to train on")
+    parser.add_argument("--rows", type=int, default=60_000, help="dialogues to train on, of two pictures each")
     parser.add_argument("--views", type=int, default=9_000, help="pictures that the baselines learn from")
     parser.add_argument("--test_rows", type=int, default=200, help="of most tests, in each split")
     parser.add_argument("--size", type=int, default=224, help="side of the pictures, in pixels")

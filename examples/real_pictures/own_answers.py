@@ -9,6 +9,7 @@ left out.
 import argparse
 import json
 import random
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -19,7 +20,17 @@ TOPICS = """water bread rain snow music sleep coffee football the moon the sun a
 bridge a teacher a doctor a friend money time history geography mathematics chemistry biology poetry painting
 photography cooking swimming running reading writing travel a holiday a birthday spring winter the sea a river a
 mountain a forest the weather electricity a computer the internet a telephone a clock a map a kitchen a chair a dog a
-horse an apple cheese rice soup tea salt sugar paper glass wood iron gold stone wind fire light sound colour""".split()
+horse an apple cheese rice soup tea salt sugar paper glass wood iron gold stone wind fire light sound
+colour fishing dancing gardening camping hiking skiing chess singing drawing sewing a farm a market a
+museum a school a hospital a castle a village a city a street a house a window a door a table a lamp a
+mirror a bed a cup a spoon a bottle a coat a hat a shoe a ring a ship a car a bus a plane a rocket a
+robot a camera a letter a book a newspaper a poem a film a song a piano a guitar a drum a flower a rose a
+tree grass a leaf a seed a bee an ant a spider a fish a whale a bird an owl an eagle a cat a cow a sheep
+a lion an elephant a monkey a bear a fox a wolf a mouse honey milk butter an egg an onion a tomato a
+potato a lemon a banana chocolate pepper a cake a sandwich breakfast dinner a cloud a storm thunder a
+rainbow a star the sky a planet the earth sand mud ice smoke dust air oil coal cotton wool silk plastic
+copper silver a diamond courage patience kindness hope fear anger luck work a game a gift a promise a
+secret a dream a question a number""".split()
 PROMPTS = [
     "Explain {} in one sentence.",
     "Write one sentence about {}.",
@@ -42,14 +53,30 @@ PROMPTS = [
     "Finish the sentence: {} is",
     "How would you begin a letter about {}? One sentence.",
 ]
+PAIRS = [
+    "What do {} and {} have in common? One sentence.",
+    "Write one sentence with {} and {}.",
+    "What is the difference between {} and {}? One sentence.",
+    "Which do people need more, {} or {}? Answer briefly.",
+    "Which is older, {} or {}? Answer briefly.",
+    "Write a title for a story about {} and {}.",
+    "Begin a tale in which {} meets {}. One sentence.",
+    "Give one reason to choose {} over {}.",
+]
 
 
 def prompts(count: int, seed: int) -> list[str]:
-    """Draw so many different prompts."""
+    """Draw so many different prompts: half about one topic, if there are enough, the others about two."""
     topics, words = [], iter(TOPICS)
     for word in words:
         topics.append(f"{word} {next(words)}" if word in ("a", "an", "the") else word)
-    return random.Random(seed).sample([prompt.format(topic) for prompt in PROMPTS for topic in topics], count)
+    rng = random.Random(seed)
+    one = [prompt.format(topic) for prompt in PROMPTS for topic in topics]
+    two = [prompt.format(*pair) for prompt in PAIRS for pair in permutations(topics, 2)]
+    drawn = rng.sample(one, min(len(one), count // 2))
+    drawn += rng.sample(two, count - len(drawn))
+    rng.shuffle(drawn)
+    return drawn
 
 
 @torch.inference_mode()
@@ -59,8 +86,8 @@ def main() -> None:
     parser.add_argument("text", help="folder or Hub id of the language model")
     parser.add_argument("--template", type=Path, help="file of a chat template; by default the model's own")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=1200, help="prompts")
-    parser.add_argument("--held_out", type=int, default=64, help="of their answers, kept to measure with")
+    parser.add_argument("--count", type=int, default=12_000, help="prompts")
+    parser.add_argument("--held_out", type=int, default=256, help="of their answers, kept to measure with")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)

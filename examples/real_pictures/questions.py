@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .compositions import LEFT, QUARTERS, RIGHT, WHOLE, Stamp, Studio
+from .compositions import LEFT, QUARTERS, RIGHT, WHOLE, Box, Stamp, Studio
 
 
 NAME = [
@@ -43,51 +43,58 @@ class Questions:
         studio: Makes the pictures.
         stamps: What may be in them.
         rng: Where all that is random comes from.
+        wild: The share of the pictures that are, see [`Studio.compose`].
     """
 
     studio: Studio
     stamps: list[Stamp]
     rng: random.Random
+    wild: float = 0.0
 
     def one_thing(self) -> Dialogue:
-        """One to four questions about one thing."""
+        """One to three questions about one thing."""
         stamp = self.rng.choice(self.stamps)
-        kinds: list[Callable] = [self.name, self.name, self.caption, self.kind, self.is_it, self.language, self.unseen]
-        asked = self.rng.sample(kinds, self.rng.choice([1, 2, 3, 4]))
+        kinds: list[Callable] = [self.name, self.name, self.caption, self.kind, self.kind, self.language, self.unseen]
+        asked = self.rng.sample(kinds, self.rng.choice([1, 2, 3]))
         turns = [turn for ask in dict.fromkeys(asked) if (turn := ask(stamp))]
-        turns = turns or [self.name(stamp)]
-        picture = self.studio.compose([(stamp, WHOLE)], self.rng)
-        return [(picture if number == 0 else None, *turn) for number, turn in enumerate(turns)], [stamp]
+        return self._about([(stamp, WHOLE)], turns or [self.name(stamp)])
+
+    def yes_or_no(self) -> Dialogue:
+        """Is it this, or that? Asked up to four times, until it is: no answer can be told from those before it."""
+        stamp = self.rng.choice(self.stamps)
+        turns = [self.is_it(stamp)]
+        while len(turns) < 4 and turns[-1][1] == "no":
+            turns.append(self.is_it(stamp))
+        return self._about([(stamp, WHOLE)], turns)
 
     def sides(self) -> Dialogue:
-        """Two things beside each other."""
+        """Two things beside each other; the second answer cannot be told from the first."""
         both = dict(zip(SIDES, self._apart(), strict=True))
-        picture = self.studio.compose([(both[side], box) for side, box in SIDES.items()], self.rng)
         side, other = self.rng.sample([*SIDES], 2)
-        turns = [
-            (f"What is on the {side}?", both[side].name),
-            (f"What is next to the {both[other].name}?", both[side].name),
-            (f"On which side is the {both[side].name}?", side),
-        ]
-        turns = self.rng.sample(turns, self.rng.choice([1, 2]))
-        return [(picture if number == 0 else None, *turn) for number, turn in enumerate(turns)], [*both.values()]
+        on_the = {side: (f"What is on the {side}?", both[side].name) for side in SIDES}
+        which = {side: (f"On which side is the {both[side].name}?", side) for side in SIDES}
+        turns = self.rng.choice(
+            [
+                [on_the[side], on_the[other]],
+                [which[side], on_the[other]],
+                [(f"What is next to the {both[other].name}?", both[side].name), which[side]],
+            ]
+        )
+        return self._about([(both[side], box) for side, box in SIDES.items()], turns)
 
     def count(self) -> Dialogue:
         """One to four of the same."""
         stamp, number = self.rng.choice(self.stamps), self.rng.randint(1, 4)
-        picture = self.studio.compose([(stamp, box) for box in self.rng.sample(QUARTERS, number)], self.rng)
-        turns = [(picture, self.rng.choice(COUNT), str(number))]
-        return turns + [(None, *self.name(stamp))] * self.rng.randint(0, 1), [stamp]
+        turns = [(self.rng.choice(COUNT), str(number)), *([self.name(stamp)] if self.rng.random() < 0.5 else [])]
+        return self._about([(stamp, box) for box in self.rng.sample(QUARTERS, number)], turns)
 
     def two_pictures(self) -> Dialogue:
         """A picture, and in the next turn another one."""
         first, second = self._apart()
-        pictures = [self.studio.compose([(stamp, WHOLE)], self.rng) for stamp in (first, second)]
         ask = self.rng.choice([self.name, self.name, self.kind])
-        return [
-            (pictures[0], *(ask(first) or self.name(first))),
-            (pictures[1], self.rng.choice(SECOND), second.name),
-        ], [first, second]
+        turns = [ask(first) or self.name(first)], [(self.rng.choice(SECOND), second.name)]
+        one, two = (self._about([(stamp, WHOLE)], own)[0] for stamp, own in zip((first, second), turns, strict=True))
+        return one + two, [first, second]
 
     def name(self, stamp: Stamp) -> tuple[str, str]:
         """What is it?"""
@@ -121,6 +128,12 @@ class Questions:
     def unseen(self, stamp: Stamp) -> tuple[str, str]:
         """What no picture shows."""
         return self.rng.choice(UNSEEN), NOT_SHOWN
+
+    def _about(self, placed: list[tuple[Stamp, Box]], turns: list[tuple[str, str]]) -> Dialogue:
+        """Make the picture that turns are about; the first of them shows it."""
+        picture = self.studio.compose(placed, self.rng, wild=self.rng.random() < self.wild)
+        shown = [(picture if number == 0 else None, *turn) for number, turn in enumerate(turns)]
+        return shown, [stamp for stamp, _ in placed]
 
     def _apart(self) -> list[Stamp]:
         """Two things of different names."""
