@@ -246,7 +246,7 @@ def fit_training(shape: Shape, tiny: bool) -> list[dict]:
         free()
         for tokens in (32,) if tiny else lengths:
             batch = half_learnt("mmgpt", shape, count, tokens)
-            found = fit(partial(step, model, optimizer, [batch], setting))
+            found = fit(partial(step, model, optimizer, batch, setting))
             case = {"what": f"LoRA, {setting}", "base": method, "rows": count, "tokens": tokens, "images": count}
             rows.append({**case, **found})
             print(json.dumps(rows[-1]), flush=True)
