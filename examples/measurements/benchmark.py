@@ -44,7 +44,7 @@ from modeling_mmgpt.speed.fusing import fuse_projections
 
 BACKEND = "inductor" if DEVICE == "cuda" else "eager"  # of what `generate` does not compile; on a CPU it takes minutes
 # A module that has more versions than torch keeps would run uncompiled, with no more than a warning.
-torch._dynamo.config.fail_on_recompile_limit_hit = True
+torch.compiler.config.fail_on_recompile_limit_hit = True
 
 
 # Generation
@@ -270,7 +270,7 @@ def count_recompiles(shape: Shape, tiny: bool) -> dict[str, int]:
 
 def compile_peer(model: nn.Module, kind: str) -> None:
     """Compile the parts of a peer as `compile_parts` does ours."""
-    torch._dynamo.config.recompile_limit = 64  # all layers come through one function of transformers
+    torch.compiler.config.recompile_limit = 64  # all layers come through one function of transformers
     for part in LAYERS[kind](model.model):
         part.compile(backend=BACKEND)
 
