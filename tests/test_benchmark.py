@@ -68,8 +68,8 @@ def test_the_whole_benchmark_beside_its_peers(tmp_path):
     }
     assert {name.split(",")[0] for name in speeds} == {"mmgpt", "idefics", "mllama", "lm"}
     turns = {
-        f"{part}, by turns, ms a step": {kind: round(value, 3) for kind, value in result[part].items()}
-        for part in ("eager", "compiled", "pictures")
+        f"{setting}, by turns, ms a step": {kind: round(value, 3) for kind, value in found.items()}
+        for setting, found in result["turns"].items()
     }
     seconds = {statement: round(value, 2) for statement, value in result["imports"].items()}
     figures = {"tokens a second, one row": speeds, "recompiles": result["recompiles"], "imports, seconds": seconds}

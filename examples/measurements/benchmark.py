@@ -26,7 +26,9 @@ from benchmark_models import (
     TINY_BASE,
     Shape,
     build,
+    bytes_a_token,
     free,
+    half_learnt,
     inputs,
     measure,
     roofline,
@@ -42,7 +44,7 @@ from modeling_mmgpt.speed.compiling import compile_parts
 from modeling_mmgpt.speed.fusing import fuse_projections
 
 
-BACKEND = "inductor" if DEVICE == "cuda" else "eager"  # of what `generate` does not compile; on a CPU it takes minutes
+BACKEND = "inductor" if DEVICE == "cuda" else "eager"  # of what `generate` does not compile: takes minutes on a CPU
 # A module that has more versions than torch keeps would run uncompiled, with no more than a warning.
 torch.compiler.config.fail_on_recompile_limit_hit = True
 
@@ -75,14 +77,14 @@ def generation_options(setting: str, chunk: int | None = None) -> dict:
     return options if DEVICE == "cuda" else options | {"custom_generate": sample_ahead}  # there only if asked for
 
 
-def peer_options(model: nn.Module, kind: str, shape: Shape, setting: str, case: tuple[int, int, int]) -> dict:
-    """Options of `generate()` for a peer, compiled by transformers' own loop; on a CPU, where it compiles none, here.
+def options_of(model: nn.Module, kind: str, shape: Shape, setting: str, case: tuple[int, int, int]) -> dict:
+    """Options of `generate()`; peers are compiled by transformers' loop, on a CPU, where that compiles none, here.
 
     Idefics' prompt, which breaks into several graphs, is left as it is.
     """
-    if setting == "eager":
-        return {}
     rows, images, tokens = case
+    if kind == "mmgpt" or setting == "eager":
+        return generation_options(setting, tokens)
     if DEVICE == "cpu":
         model.compile()
     chunk = None if kind == "idefics" else tokens
@@ -110,25 +112,13 @@ def measure_generation(
     torch._dynamo.reset()
     rows, images, tokens = case
     batch = inputs(kind, shape, rows, tokens, images)
-    if kind == "mmgpt":
-        options = generation_options(setting, tokens)
-    else:
-        options = peer_options(model, kind, shape, setting, case)
+    options = options_of(model, kind, shape, setting, case)
     new_tokens, warmup = (64, 1) if setting == "eager" else (128, 3)  # compiled, captured, replayed
     prefill, decode, peak = time_generation(model, batch, new_tokens, options, warmup=warmup)
     row = {"model": kind, "setting": setting, "rows": rows, "images": images, "tokens": tokens}
     row |= {"prefill_ms": prefill * 1e3, "decode_ms": decode * 1e3, "tokens_s": rows / decode, "peak_gb": peak}
     print(json.dumps(row), flush=True)
     return row
-
-
-def bytes_a_token(model: nn.Module) -> int:
-    """What decoding one token has to read: each weight of LM and blocks, but for embedding and image keys."""
-    return sum(
-        parameter.numel() * parameter.element_size()
-        for name, parameter in model.named_parameters()
-        if "text_model" in name and "embed_tokens" not in name and "to_kv" not in name
-    )
 
 
 def decode_cases(tiny: bool) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
@@ -191,25 +181,12 @@ def compare_by_turns(cases: dict[str, tuple[nn.Module, dict, dict]], tiny: bool)
 
 def compare_models(shape: Shape, tiny: bool, setting: str) -> dict[str, float]:
     """Decoding of one row with a picture, by ours and by both peers in the same setting."""
-    case = (1, 1, 24 if tiny else 128)
-    rows, images, tokens = case
-    models = {kind: build(kind, shape) for kind in ("mmgpt", "mllama", "idefics")}
+    rows, images, tokens = case = (1, 1, 24 if tiny else 128)
     cases = {}
-    for kind, model in models.items():
-        ours = generation_options(setting, tokens)
-        options = ours if kind == "mmgpt" else peer_options(model, kind, shape, setting, case)
-        cases[kind] = (model, inputs(kind, shape, rows, tokens, images), options)
-    return compare_by_turns(cases, tiny)
-
-
-def compare_pictures(shape: Shape, tiny: bool) -> dict[str, float]:
-    """Decoding of one compiled row with eight pictures, and with one."""
-    tokens = 64 if tiny else 512
-    model, options = build("mmgpt", shape), generation_options("compiled", tokens)
-    cases = {
-        name: (model, inputs("mmgpt", shape, 1, tokens, images), options)
-        for name, images in {"8 pictures": 8, "1 picture": 1}.items()
-    }
+    for kind in ("mmgpt", "mllama", "idefics"):
+        model = build(kind, shape)
+        batch = inputs(kind, shape, rows, tokens, images)
+        cases[kind] = (model, batch, options_of(model, kind, shape, setting, case))
     return compare_by_turns(cases, tiny)
 
 
@@ -307,14 +284,6 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, settin
     optimizer.zero_grad()
 
 
-def half_learnt(kind: str, shape: Shape, rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    """A batch of full rows with a picture each; the second half of the tokens is learnt."""
-    batch = inputs(kind, shape, rows, tokens, 1)
-    labels = batch["input_ids"].clone()
-    labels[:, : tokens // 2] = -100
-    return {**batch, "labels": labels}
-
-
 def measure_step(model: nn.Module, kind: str, shape: Shape, setting: str, tiny: bool) -> dict:
     """One LoRA step on full rows, 8 x 512 tokens with a picture each, half of the tokens learnt."""
     rows, tokens = (2, 32) if tiny else (8, 512)
@@ -395,9 +364,7 @@ PARTS = {
     "roofline": lambda shape, tiny, kinds: roofline(),
     "agreement": lambda shape, tiny, kinds: compare_settings(),
     "decode": lambda shape, tiny, kinds: measure_decode(shape, kinds, tiny),
-    "eager": lambda shape, tiny, kinds: compare_models(shape, tiny, "eager"),
-    "compiled": lambda shape, tiny, kinds: compare_models(shape, tiny, "compiled"),
-    "pictures": lambda shape, tiny, kinds: compare_pictures(shape, tiny),
+    "turns": lambda shape, tiny, kinds: {key: compare_models(shape, tiny, key) for key in ("eager", "compiled")},
     "recompiles": lambda shape, tiny, kinds: count_recompiles(shape, tiny),
     "train": lambda shape, tiny, kinds: measure_training(shape, tiny, kinds),
     "imports": lambda shape, tiny, kinds: time_imports(tiny),

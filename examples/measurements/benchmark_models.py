@@ -179,6 +179,14 @@ def inputs(kind: str, shape: Shape, rows: int, tokens: int, images: int) -> dict
     return batch
 
 
+def half_learnt(kind: str, shape: Shape, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    """A batch of full rows with a picture each; the second half of the tokens is learnt."""
+    batch = inputs(kind, shape, rows, tokens, 1)
+    labels = batch["input_ids"].clone()
+    labels[:, : tokens // 2] = -100
+    return {**batch, "labels": labels}
+
+
 def static_cache(model: nn.Module, shape: Shape, rows: int, images: int, length: int) -> StaticCache:
     """Make the static cache of a peer ahead, with all its tensors, and for many calls of `generate`.
 
@@ -242,3 +250,12 @@ def roofline() -> dict[str, float]:
     a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
     product, _ = measure(partial(torch.matmul, a, b), 10, 3)
     return {"copy_tb_s": 2 * size / copy / 1e12, "matmul_tflop_s": 2 * n**3 / product / 1e12}
+
+
+def bytes_a_token(model: nn.Module) -> int:
+    """What decoding one token has to read: each weight of LM and blocks, but for embedding and image keys."""
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if "text_model" in name and "embed_tokens" not in name and "to_kv" not in name
+    )

@@ -23,8 +23,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark import generate, generation_options, half_learnt, step, time_generation, trainee
-from benchmark_models import DEVICE, DTYPE, OPEN_FLAMINGO_9B, TINY_BASE, Shape, build, free, inputs, measure
+from benchmark import generate, generation_options, step, time_generation, trainee
+from benchmark_models import (
+    DEVICE,
+    DTYPE,
+    OPEN_FLAMINGO_9B,
+    TINY_BASE,
+    Shape,
+    build,
+    free,
+    half_learnt,
+    inputs,
+    measure,
+)
 from torch import nn
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
