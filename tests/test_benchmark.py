@@ -40,13 +40,14 @@ def check_requests(result: dict) -> None:
     assert result["recompiles"]["recompiles"] == 0 and result["recompiles"]["requests"] == 50
 
 
-def check_settings_and_loops(result: dict) -> None:
-    """Every setting and loop was measured."""
+def check_settings(result: dict) -> None:
+    """Ours was measured in every setting, and the peers compiled."""
     settings = {row["setting"] for row in result["decode"]["rows"] if row["model"] == "mmgpt"}
-    assert settings == {"eager", "compiled", "theirs", "fused"}
+    assert settings == {"eager", "compiled", "fused"}
     assert {row["setting"] for row in result["train"] if row["model"] == "mmgpt"} == {"plain", "fast", "lean"}
-    loops = ["two padded passes", "packed rows", "packed rows, pictures kept"]
-    assert [row["loop"] for row in result["mixture"]] == loops
+    compiled = {row["model"] for row in result["decode"]["rows"] if row["setting"] == "compiled"}
+    trained = {row["model"] for row in result["train"] if row["setting"] == "fast"}
+    assert compiled == trained == {"mmgpt", "mllama", "idefics", "lm"}
 
 
 def test_nothing_is_compiled_anew(tmp_path):
@@ -59,7 +60,7 @@ def test_the_whole_benchmark_beside_its_peers(tmp_path):
     result = run_benchmark(tmp_path)
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     check_requests(result)
-    check_settings_and_loops(result)
+    check_settings(result)
     assert all(same for name, same in result["agreement"].items() if name.startswith("same tokens"))
     speeds = {
         f"{row['model']}, {row['setting']}": round(row["tokens_s"], 1)
@@ -68,8 +69,8 @@ def test_the_whole_benchmark_beside_its_peers(tmp_path):
     }
     assert {name.split(",")[0] for name in speeds} == {"mmgpt", "idefics", "mllama", "lm"}
     turns = {
-        f"{part}, by turns, ms a step": {kind: round(value, 3) for kind, value in result[part].items()}
-        for part in ("eager", "compiled", "pictures")
+        f"{setting}, by turns, ms a step": {kind: round(value, 3) for kind, value in found.items()}
+        for setting, found in result["turns"].items()
     }
     seconds = {statement: round(value, 2) for statement, value in result["imports"].items()}
     figures = {"tokens a second, one row": speeds, "recompiles": result["recompiles"], "imports, seconds": seconds}

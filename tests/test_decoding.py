@@ -16,7 +16,9 @@ STATIC = {
 }
 
 
-@pytest.mark.parametrize("cache", [{}, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "cache", [{}, STATIC, STATIC | {"prefill_chunk_size": 8}], ids=["dynamic", "static", "static, prompt compiled"]
+)
 @pytest.mark.parametrize("choice", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7}], ids=str)
 def test_the_tokens_are_those_of_generate_also_where_rows_end_early(model, ids, pixels, cache, choice):
     batch = ids("ab#cd#ef", "__abcdef", "____#abc") | {"pixel_values": pixels(3, 2)}

@@ -16,8 +16,10 @@ from transformers import (
     LlamaForCausalLM,
     MllamaConfig,
     MllamaForConditionalGeneration,
+    StaticCache,
     set_seed,
 )
+from transformers.cache_utils import StaticLayer
 from transformers.modeling_utils import local_torch_dtype
 
 from modeling_mmgpt import MMGPTConfig, MMGPTForConditionalGeneration
@@ -44,7 +46,9 @@ class Shape:
         return self.vocabulary - 2
 
 
-OPEN_FLAMINGO_9B = Shape(4096, 32, 32, 11008, 32_003, 1024, 24, 14, 224, 4)  # LLaMA-7B, ViT-L/14, a block every 4th
+# LLaMA-7B, ViT-L/14, a block before every 4th layer. Three tokens more than LLaMA's 32,000, filled up to a multiple of
+# 64 (`fill_vocabulary`), in the peers as well.
+OPEN_FLAMINGO_9B = Shape(4096, 32, 32, 11008, 32_064, 1024, 24, 14, 224, 4)
 TINY_BASE = Shape(160, 4, 5, 448, 764, 128, 4, 8, 48, 1)  # the base of the tiny world
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -107,7 +111,7 @@ def build_idefics(shape: Shape) -> nn.Module:
 def build_mllama(shape: Shape) -> nn.Module:
     """Llama 3.2 Vision, one tile, as many layers of cross-attention as we have blocks."""
     blocks = shape.layers // shape.every
-    cross = [shape.every + k * (shape.every + 1) - 1 for k in range(blocks)]
+    cross = [max(1, shape.every - 1) + k * (shape.every + 1) for k in range(blocks)]  # 3, 8, 13, ... as in Llama 3.2
     vision = {
         "hidden_size": shape.vision_width,
         "intermediate_size": 4 * shape.vision_width,
@@ -132,6 +136,19 @@ def build_lm(shape: Shape) -> nn.Module:
 
 
 BUILD = {"mmgpt": build_mmgpt, "idefics": build_idefics, "mllama": build_mllama, "lm": build_lm}
+
+
+# What is compiled of a peer for training, each by itself: its encoders and layers.
+LAYERS = {
+    "idefics": lambda model: [
+        model.vision_model,
+        model.perceiver_resampler,
+        *model.layers,
+        *model.gated_cross_attn_layers,
+    ],
+    "mllama": lambda model: [model.vision_model, *model.language_model.layers],
+    "lm": lambda model: model.layers,
+}
 
 
 def build(kind: str, shape: Shape) -> nn.Module:
@@ -160,6 +177,30 @@ def inputs(kind: str, shape: Shape, rows: int, tokens: int, images: int) -> dict
     elif kind == "mmgpt":
         batch["pixel_values"] = pixels
     return batch
+
+
+def half_learnt(kind: str, shape: Shape, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    """A batch of full rows with a picture each; the second half of the tokens is learnt."""
+    batch = inputs(kind, shape, rows, tokens, 1)
+    labels = batch["input_ids"].clone()
+    labels[:, : tokens // 2] = -100
+    return {**batch, "labels": labels}
+
+
+def static_cache(model: nn.Module, shape: Shape, rows: int, images: int, length: int) -> StaticCache:
+    """Make the static cache of a peer ahead, with all its tensors, and for many calls of `generate`.
+
+    Left to itself, `generate` makes one in every call, whose new addresses are captured anew; and Mllama's, whose
+    layers of cross-attention it makes anew after they had their tensors, gets those inside of a compiled prompt:
+    "accessing tensor output of CUDAGraphs that has been overwritten by a subsequent run".
+    """
+    config = model.config.get_text_config(decoder=True)
+    cache = StaticCache(config, max_cache_len=length)
+    patches = (shape.side // shape.patch) ** 2 + 1
+    for number in getattr(config, "cross_attention_layers", ()):
+        cache.layers[number] = StaticLayer(max_cache_len=images * patches)
+    cache.early_initialization(rows, shape.heads, shape.hidden // shape.heads, DTYPE, torch.device(DEVICE))
+    return cache
 
 
 # The clock
@@ -209,3 +250,12 @@ def roofline() -> dict[str, float]:
     a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
     product, _ = measure(partial(torch.matmul, a, b), 10, 3)
     return {"copy_tb_s": 2 * size / copy / 1e12, "matmul_tflop_s": 2 * n**3 / product / 1e12}
+
+
+def bytes_a_token(model: nn.Module) -> int:
+    """What decoding one token has to read: each weight of LM and blocks, but for embedding and image keys."""
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if "text_model" in name and "embed_tokens" not in name and "to_kv" not in name
+    )

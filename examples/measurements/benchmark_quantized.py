@@ -23,8 +23,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark import generate, generation_options, half_learnt, step, time_generation, trainee
-from benchmark_models import DEVICE, DTYPE, OPEN_FLAMINGO_9B, TINY_BASE, Shape, build, free, inputs, measure
+from benchmark import generate, generation_options, step, time_generation, trainee
+from benchmark_models import (
+    DEVICE,
+    DTYPE,
+    OPEN_FLAMINGO_9B,
+    TINY_BASE,
+    Shape,
+    build,
+    free,
+    half_learnt,
+    inputs,
+    measure,
+)
 from torch import nn
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -246,7 +257,7 @@ def fit_training(shape: Shape, tiny: bool) -> list[dict]:
         free()
         for tokens in (32,) if tiny else lengths:
             batch = half_learnt("mmgpt", shape, count, tokens)
-            found = fit(partial(step, model, optimizer, [batch], setting))
+            found = fit(partial(step, model, optimizer, batch, setting))
             case = {"what": f"LoRA, {setting}", "base": method, "rows": count, "tokens": tokens, "images": count}
             rows.append({**case, **found})
             print(json.dumps(rows[-1]), flush=True)
