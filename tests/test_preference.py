@@ -9,9 +9,11 @@ import pytest
 import train_dpo
 import train_grpo
 from conftest import BASE
-from preference import in_place, nearly_right
+from preference import WORDS, in_another_order, in_place, likelihoods, nearly_right, with_another_word
+from quickstart import load
 from safetensors.torch import load_file
 from test_examples import ROOT, run
+from tiny_world.mixture import example
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
@@ -114,8 +116,39 @@ def test_a_pair_that_cannot_be_read_is_named_with_its_line(tmp_path, change, pro
     assert "line 1" in str(error.value)
 
 
-def test_a_nearly_right_caption_differs_in_one_word():
-    right = "large blue cross at top-right, small purple square at left"
-    for seed in range(40):
-        wrong = nearly_right(right, random.Random(seed))
+def test_a_nearly_right_caption_has_another_word_or_order():
+    right = "large blue cross at top-right, small purple square at left, small red star at bottom"
+    others = with_another_word(right)
+    assert len(others) == len(set(others)) == 3 * (1 + 6 + 5 + 8)
+    for wrong in others:
         assert sum(a != b for a, b in zip(right.split(), wrong.split(), strict=True)) == 1
+    a, b, c = right.split(", ")
+    assert in_another_order(right) == [f"{b}, {a}, {c}", f"{a}, {c}, {b}"]
+    assert in_another_order(a) == []
+
+
+def test_the_likeliest_of_the_wrong_captions_is_rejected():
+    model, processor = load(BASE)
+    shown = [example("caption", 0, index) for index in range(3)]
+    rejected = nearly_right(model, processor, shown, random.Random(0))
+    rng = random.Random(0)
+    for e, found in zip(shown, rejected, strict=True):
+        wrong = [*in_another_order(e.answer), *rng.sample(with_another_word(e.answer), WORDS)]
+        assert found in wrong
+        among = likelihoods(model, processor, [e] * len(wrong), wrong)
+        assert among[wrong.index(found)] == pytest.approx(among.max().item(), abs=1e-3)
+
+
+def test_the_likelihood_is_that_of_the_last_reply_alone():
+    """Beside a longer row, as by itself, and as the model's own loss has it."""
+    model, processor = load(BASE)
+    shown = [example("second_turn", 0, 0), example("caption", 0, 1), example("sums", 0, 2)]
+    together = likelihoods(model, processor, shown, [e.answer for e in shown])
+    for e, found in zip(shown, together, strict=True):
+        asked = {"images": [e.images], "tokenize": True, "return_dict": True}
+        prompt = processor.apply_chat_template([e.messages[:-1]], add_generation_prompt=True, **asked)["input_ids"]
+        whole = processor.apply_chat_template([e.messages], **asked)
+        labels = whole["input_ids"].clone()
+        labels[:, : prompt.shape[1]] = -100
+        loss = model(**whole, labels=labels).loss * (labels != -100).sum()
+        assert found.item() == pytest.approx(-loss.item(), rel=1e-3)
