@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_examples import ROOT, run
 from tiny_world.mixture import example
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import GRPOConfig
 
 
 def records(folder, *numbers, **more):
@@ -64,6 +65,44 @@ def test_prompts_of_any_length_with_two_pictures_and_without_are_replied_to_and_
     assert lengths[0] != lengths[1]
     assert re.search(r"'num_tokens': '([\d.e+]+)'", said)[1] == str(2 * sum(lengths) + 4)
     assert all(weight.any() for weight in learnt)
+
+
+@pytest.mark.parametrize("seed", range(3))  # rows are shuffled
+def test_where_there_are_as_many_pictures_as_rows_each_row_has_its_own(tmp_path, monkeypatch, seed):
+    """Of two pictures and of none, with a reference model and two batches for what is generated at once."""
+    data, rows = records(tmp_path / "records", 3, 5)
+    processor = AutoProcessor.from_pretrained(BASE)
+    pictures = [str(tmp_path / "records" / name) for name in rows[0]["images"]]
+    given = {"images": pictures, "tokenize": True, "return_dict": True}
+    own = processor.apply_chat_template(rows[0]["messages"][:-1], **given)["pixel_values"]
+    seen = []
+
+    def look(model, args, kwargs):
+        pictures = kwargs.get("pixel_values")  # not where it generates
+        for ids, pixels in () if pictures is None else zip(kwargs["input_ids"], pictures, strict=True):
+            seen.append((int((ids == processor.image_token_id).sum()), bool((pixels == own[0]).all())))
+
+    class Watched(train_grpo.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.model.register_forward_pre_hook(look, with_kwargs=True)
+
+    monkeypatch.setattr(train_grpo, "Trainer", Watched)
+    config = GRPOConfig(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_generations=2,
+        max_completion_length=1,
+        max_steps=1,
+        beta=0.1,
+        bf16=False,
+        report_to="none",
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+    train_grpo.tune(train_grpo.ScriptArguments(BASE, data), config)
+    assert sorted(seen) == [(0, False)] * 4 + [(2, True)] * 4  # of the reference, and of the model
 
 
 def test_a_reward_of_ones_own_is_found_or_named(tmp_path):
