@@ -91,7 +91,22 @@ def prompts(path: Path, seed: int) -> Dataset:
 
 
 class Trainer(FiniteSteps, GRPOTrainer):
-    """TRL's Trainer, which skips and names steps that are not finite."""
+    """TRL's Trainer, which skips and names steps that are not finite, and leaves the pictures of a row in their row.
+
+    TRL (1.16) takes `pixel_values` with as many rows as there are pictures for a list of pictures, and cuts it by how
+    many each prompt has. Ours hold the pictures of one prompt in each row, and two prompts of two pictures and none
+    make as many pictures as rows: each would get pictures of others. Told of no picture, TRL leaves the rows alone.
+    """
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        batch = super()._generate_and_score_completions(inputs)
+        if "num_images" in batch:
+            batch["num_images"] = [0] * len(batch["num_images"])
+        return batch
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, num_images=None, **kwargs):
+        num_images = None if num_images is None else [0] * len(input_ids)
+        return super()._get_per_token_logps_and_entropies(model, input_ids, *args, num_images=num_images, **kwargs)
 
 
 def tune(script: ScriptArguments, config: GRPOConfig) -> None:

@@ -9,10 +9,13 @@ import pytest
 import train_dpo
 import train_grpo
 from conftest import BASE
-from preference import in_place, nearly_right
+from preference import WORDS, in_another_order, in_place, likelihoods, nearly_right, with_another_word
+from quickstart import load
 from safetensors.torch import load_file
 from test_examples import ROOT, run
+from tiny_world.mixture import example
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import GRPOConfig
 
 
 def records(folder, *numbers, **more):
@@ -62,6 +65,44 @@ def test_prompts_of_any_length_with_two_pictures_and_without_are_replied_to_and_
     assert lengths[0] != lengths[1]
     assert re.search(r"'num_tokens': '([\d.e+]+)'", said)[1] == str(2 * sum(lengths) + 4)
     assert all(weight.any() for weight in learnt)
+
+
+@pytest.mark.parametrize("seed", range(3))  # rows are shuffled
+def test_where_there_are_as_many_pictures_as_rows_each_row_has_its_own(tmp_path, monkeypatch, seed):
+    """Of two pictures and of none, with a reference model and two batches for what is generated at once."""
+    data, rows = records(tmp_path / "records", 3, 5)
+    processor = AutoProcessor.from_pretrained(BASE)
+    pictures = [str(tmp_path / "records" / name) for name in rows[0]["images"]]
+    given = {"images": pictures, "tokenize": True, "return_dict": True}
+    own = processor.apply_chat_template(rows[0]["messages"][:-1], **given)["pixel_values"]
+    seen = []
+
+    def look(model, args, kwargs):
+        pictures = kwargs.get("pixel_values")  # not where it generates
+        for ids, pixels in () if pictures is None else zip(kwargs["input_ids"], pictures, strict=True):
+            seen.append((int((ids == processor.image_token_id).sum()), bool((pixels == own[0]).all())))
+
+    class Watched(train_grpo.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.model.register_forward_pre_hook(look, with_kwargs=True)
+
+    monkeypatch.setattr(train_grpo, "Trainer", Watched)
+    config = GRPOConfig(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_generations=2,
+        max_completion_length=1,
+        max_steps=1,
+        beta=0.1,
+        bf16=False,
+        report_to="none",
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+    train_grpo.tune(train_grpo.ScriptArguments(BASE, data), config)
+    assert sorted(seen) == [(0, False)] * 4 + [(2, True)] * 4  # of the reference, and of the model
 
 
 def test_a_reward_of_ones_own_is_found_or_named(tmp_path):
@@ -114,8 +155,39 @@ def test_a_pair_that_cannot_be_read_is_named_with_its_line(tmp_path, change, pro
     assert "line 1" in str(error.value)
 
 
-def test_a_nearly_right_caption_differs_in_one_word():
-    right = "large blue cross at top-right, small purple square at left"
-    for seed in range(40):
-        wrong = nearly_right(right, random.Random(seed))
+def test_a_nearly_right_caption_has_another_word_or_order():
+    right = "large blue cross at top-right, small purple square at left, small red star at bottom"
+    others = with_another_word(right)
+    assert len(others) == len(set(others)) == 3 * (1 + 6 + 5 + 8)
+    for wrong in others:
         assert sum(a != b for a, b in zip(right.split(), wrong.split(), strict=True)) == 1
+    a, b, c = right.split(", ")
+    assert in_another_order(right) == [f"{b}, {a}, {c}", f"{a}, {c}, {b}"]
+    assert in_another_order(a) == []
+
+
+def test_the_likeliest_of_the_wrong_captions_is_rejected():
+    model, processor = load(BASE)
+    shown = [example("caption", 0, index) for index in range(3)]
+    rejected = nearly_right(model, processor, shown, random.Random(0))
+    rng = random.Random(0)
+    for e, found in zip(shown, rejected, strict=True):
+        wrong = [*in_another_order(e.answer), *rng.sample(with_another_word(e.answer), WORDS)]
+        assert found in wrong
+        among = likelihoods(model, processor, [e] * len(wrong), wrong)
+        assert among[wrong.index(found)] == pytest.approx(among.max().item(), abs=1e-3)
+
+
+def test_the_likelihood_is_that_of_the_last_reply_alone():
+    """Beside a longer row, as by itself, and as the model's own loss has it."""
+    model, processor = load(BASE)
+    shown = [example("second_turn", 0, 0), example("caption", 0, 1), example("sums", 0, 2)]
+    together = likelihoods(model, processor, shown, [e.answer for e in shown])
+    for e, found in zip(shown, together, strict=True):
+        asked = {"images": [e.images], "tokenize": True, "return_dict": True}
+        prompt = processor.apply_chat_template([e.messages[:-1]], add_generation_prompt=True, **asked)["input_ids"]
+        whole = processor.apply_chat_template([e.messages], **asked)
+        labels = whole["input_ids"].clone()
+        labels[:, : prompt.shape[1]] = -100
+        loss = model(**whole, labels=labels).loss * (labels != -100).sum()
+        assert found.item() == pytest.approx(-loss.item(), rel=1e-3)

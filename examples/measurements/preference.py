@@ -3,9 +3,10 @@
     python examples/measurements/preference.py grpo --adapter outputs/quickstart/adapter --output-dir outputs/grpo
     python examples/measurements/preference.py dpo --adapter outputs/quickstart/adapter --output-dir outputs/dpo
 
-Draws fresh scenes, tunes by `train_grpo.py` or `train_dpo.py` as a user would, and asks both adapters the same
-questions about other scenes, of three seeds. Writes `report.json`: what each skill got right before and after, in how
-many questions the two differ, and for DPO how often the right caption is more likely than a nearly right one.
+Draws fresh scenes, keeps those of whose caption the adapter is in doubt, tunes by `train_grpo.py` or `train_dpo.py` as
+a user would, and asks both adapters the same questions about other scenes, of three seeds. Writes `report.json`: what
+each skill got right before and after, in how many questions the two differ, and for DPO how often the right caption is
+more likely than one that is nearly right. Options of the program that tunes can follow: `--learning_rate 1e-4`.
 """
 
 import argparse
@@ -24,17 +25,24 @@ from tiny_world import evaluation
 from tiny_world.dialogue import Example
 from tiny_world.mixture import MIXTURE, example, mixture
 from tiny_world.scenes import CELLS, COLOURS, SHAPES, SIZES
+from transformers import PreTrainedModel, ProcessorMixin
 
 
 EXAMPLES = Path(__file__).parents[1]
 SCENES = 1_000_000  # the seed of the scenes that are tuned on; those of the quickstart and of the questions are small
-QUESTIONS = (101, 102, 103)  # the seeds of the questions
-CAPTIONS = 0.7  # of the prompts; the others keep the other skills
+QUESTIONS = (201, 202, 203)  # the seeds of the questions
+DOUBTFUL = (0.02, 0.95)  # how likely a right reply is of which some samples are right and some wrong
+CAPTIONS = 0.7  # of the prompts of GRPO; the others keep the other skills
+WORDS = 8  # so many captions with one word changed are looked at for the likeliest
+STEPS = {"grpo": 200, "dpo": 120}
 OPTIONS = {
-    "grpo": """--reward {program}:in_place --num_generations 8 --per_device_train_batch_size 64 --temperature 1.0
-        --max_completion_length 48 --learning_rate 3e-4 --warmup_steps 10 --beta 0.0 --scale_rewards none""",
-    "dpo": "--per_device_train_batch_size 16 --learning_rate 3e-4 --warmup_steps 10 --beta 0.1 --loss_type sigmoid",
+    "grpo": f"""--reward {Path(__file__).resolve()}:in_place --num_generations 8 --per_device_train_batch_size 64
+        --max_completion_length 28 --learning_rate 3e-4 --beta 0.0 --scale_rewards none""",
+    "dpo": """--per_device_train_batch_size 16 --learning_rate 1e-4 --beta 0.1 --loss_type sigmoid sft
+        --loss_weights 1.0 1.0""",
 }
+OPTIONS_OF_BOTH = """--warmup_steps 10 --lr_scheduler_type cosine --activation_checkpointing false --logging_steps 5
+    --save_strategy no --report_to none --dataloader_pin_memory false"""
 
 
 def in_place(completions: list[list[dict]], answer: list[str], **kwargs) -> list[float]:
@@ -47,63 +55,91 @@ def in_place(completions: list[list[dict]], answer: list[str], **kwargs) -> list
     return rewards
 
 
-def nearly_right(answer: str, rng: random.Random) -> str:
-    """A caption in which one object has another size, colour, shape or place."""
-    objects = answer.split(", ")
-    which = rng.randrange(len(objects))
-    words = objects[which].split(" ")  # "small purple square at left"
-    kinds = {0: SIZES, 1: COLOURS, 2: SHAPES, 4: CELLS}
-    place = rng.choice(list(kinds))
-    words[place] = rng.choice([word for word in kinds[place] if word != words[place]])
-    objects[which] = " ".join(words)
-    return ", ".join(objects)
+def with_another_word(caption: str) -> list[str]:
+    """All captions in which one object has another size, colour, shape or place in the picture."""
+    words = caption.split(" ")  # "small purple square at left, large ..."
+    found = []
+    for index, word in enumerate(words):
+        said, comma = word.rstrip(","), word[len(word.rstrip(",")) :]
+        kind = (SIZES, COLOURS, SHAPES, (), CELLS)[index % 5]
+        found += [" ".join([*words[:index], other + comma, *words[index + 1 :]]) for other in kind if other != said]
+    return found
 
 
-def write_records(kind: str, count: int, folder: Path) -> Path:
-    """Write what is tuned on: records and their pictures; for DPO each with a rejected reply."""
+def in_another_order(caption: str) -> list[str]:
+    """All captions in which an object and the next one have changed places in the order."""
+    objects = caption.split(", ")
+    pairs = [(i, i + 1) for i in range(len(objects) - 1)]
+    return [", ".join([*objects[:i], objects[j], objects[i], *objects[j + 1 :]]) for i, j in pairs]
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[Example], replies: Sequence[str]
+) -> torch.Tensor:
+    """How likely each reply is as the last one of its dialogue: `(N,)`, natural logarithms."""
+    found = []
+    for start in range(0, len(examples), evaluation.BATCH):
+        part = slice(start, start + evaluation.BATCH)
+        dialogues = [
+            [*e.messages[:-1], {"role": "assistant", "content": [{"type": "text", "text": reply}]}]
+            for e, reply in zip(examples[part], replies[part], strict=True)
+        ]
+        batch = processor.apply_chat_template(
+            dialogues,
+            images=[e.images for e in examples[part]],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        ).to(model.device)
+        said = batch.pop("assistant_masks")
+        turn = (said.diff(dim=1) == 1).cumsum(1)
+        last = (turn == turn[:, -1:]) & said[:, 1:].bool()
+        logits = model(**batch).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+        found.append(-(loss * last).sum(1).cpu())
+    return torch.cat(found)
+
+
+def doubtful(model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[Example]) -> list[Example]:
+    """The examples whose right reply is neither certain nor out of reach: samples of the others all earn the same."""
+    right = likelihoods(model, processor, examples, [e.answer for e in examples]).exp()
+    low, high = DOUBTFUL
+    return [e for e, p in zip(examples, right.tolist(), strict=True) if low < p < high]
+
+
+def nearly_right(
+    model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[Example], rng: random.Random
+) -> list[str]:
+    """For each caption the likeliest of wrong ones: of all in another order, and of some with another word."""
+    wrong = [[*in_another_order(e.answer), *rng.sample(with_another_word(e.answer), WORDS)] for e in examples]
+    repeated = [e for e, captions in zip(examples, wrong, strict=True) for _ in captions]
+    found = iter(likelihoods(model, processor, repeated, sum(wrong, [])).tolist())
+    return [max(captions, key=lambda _: next(found)) for captions in wrong]
+
+
+def write_records(kind: str, adapter: Path, count: int, folder: Path) -> Path:
+    """Write what is tuned on, out of `count` captions: records and their pictures; for DPO with a rejected reply."""
+    model, processor = load(adapter)
+    kept = doubtful(model, processor, [example("caption", SCENES, index) for index in range(count)])
+    if kind == "grpo":
+        shares = {skill: share for skill, share in MIXTURE.items() if skill != "caption"}
+        others = [mixture(SCENES, index, shares=shares) for index in range(count)]
+        others = [*doubtful(model, processor, others), *others]
+        kept += others[: round(len(kept) * (1 - CAPTIONS) / CAPTIONS)]
+        more = [{}] * len(kept)
+    else:
+        more = [{"rejected": caption} for caption in nearly_right(model, processor, kept, random.Random(SCENES))]
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for index in range(count):
-        rng = random.Random(f"{SCENES} {index}")
-        shown = (
-            example("caption", SCENES, index) if kind == "dpo" or rng.random() < CAPTIONS else mixture(SCENES, index)
-        )
+    for index, (shown, fields) in enumerate(zip(kept, more, strict=True)):
         names = [f"{index}-{number}.png" for number in range(len(shown.images))]
         for name, image in zip(names, shown.images, strict=True):
             image.save(folder / name)
-        line = {"messages": shown.messages, "images": names}
-        lines.append(line | ({"rejected": nearly_right(shown.answer, rng)} if kind == "dpo" else {}))
+        lines.append(json.dumps({"messages": shown.messages, "images": names} | fields) + "\n")
     path = folder / "records.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(lines))
     return path
-
-
-def tune(kind: str, adapter: Path, data: Path, steps: int, seed: int, output_dir: Path) -> None:
-    """Run the program that users run."""
-    options = OPTIONS[kind].format(program=Path(__file__).resolve()).split()
-    command = [sys.executable, EXAMPLES / f"train_{kind}.py", "--model_name_or_path", adapter, "--data", data]
-    command += [
-        "--output_dir",
-        output_dir,
-        "--max_steps",
-        steps,
-        "--seed",
-        seed,
-        *options,
-        "--lr_scheduler_type",
-        "cosine",
-    ]
-    command += [
-        "--logging_steps",
-        5,
-        "--save_strategy",
-        "no",
-        "--report_to",
-        "none",
-        "--dataloader_pin_memory",
-        "false",
-    ]
-    subprocess.run(list(map(str, command)), check=True)
 
 
 def ask(adapter: Path, skills: Sequence[str], count: int) -> dict[str, list[bool]]:
@@ -117,36 +153,25 @@ def ask(adapter: Path, skills: Sequence[str], count: int) -> dict[str, list[bool
     return right
 
 
-@torch.inference_mode()
-def prefers(adapter: Path, count: int) -> list[bool]:
-    """Whether the right caption of a scene is more likely than a nearly right one."""
-    model, processor = load(adapter)
+def prefer(before: Path, after: Path, count: int) -> list[dict[str, list[bool]]]:
+    """Whether the right caption is more likely than a wrong one, the likeliest of them before.
 
-    def likelihood(shown: Sequence[Example], answers: Sequence[str]) -> torch.Tensor:
-        chats = [
-            [*e.messages[:-1], {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            for e, answer in zip(shown, answers, strict=True)
-        ]
-        batch = processor.apply_chat_template(
-            chats,
-            images=[e.images for e in shown],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        ).to(model.device)
-        learnt = batch.pop("assistant_masks")[:, 1:]
-        logits = model(**batch).logits[:, :-1].log_softmax(-1)
-        return (logits.gather(2, batch["input_ids"][:, 1:, None])[..., 0] * learnt).sum(1)
-
-    preferred = []
-    for seed in QUESTIONS:
-        asked = [example("caption", seed, index, "test") for index in range(count)]
-        wrong = [nearly_right(e.answer, random.Random(f"{seed} {index}")) for index, e in enumerate(asked)]
-        for start in range(0, count, evaluation.BATCH):
-            part = slice(start, start + evaluation.BATCH)
-            right = likelihood(asked[part], [e.answer for e in asked[part]])
-            preferred += (right > likelihood(asked[part], wrong[part])).tolist()
-    return preferred
+    Returns:
+        For each adapter, the captions whose wrong one has another order, and those where it has another word.
+    """
+    asked = [example("caption", seed, index, "test") for seed in QUESTIONS for index in range(count)]
+    wrong = nearly_right(*load(before), asked, random.Random(0))
+    ordered = [sorted(e.answer.split(", ")) == sorted(w.split(", ")) for e, w in zip(asked, wrong, strict=True)]
+    found = []
+    for adapter in (before, after):
+        model, processor = load(adapter)
+        right = likelihoods(model, processor, asked, [e.answer for e in asked])
+        won = (right > likelihoods(model, processor, asked, wrong)).tolist()
+        rows = {"preferred to another order": True, "preferred to another word": False}
+        found.append(
+            {name: [w for w, o in zip(won, ordered, strict=True) if o == kind] for name, kind in rows.items()}
+        )
+    return found
 
 
 def compare(before: list[bool], after: list[bool]) -> dict:
@@ -169,32 +194,35 @@ def main() -> None:
     parser.add_argument("kind", choices=list(OPTIONS))
     parser.add_argument("--adapter", type=Path, default=Path("outputs/quickstart/adapter"))
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--scenes", type=int, default=3_000, help="records that are drawn")
-    parser.add_argument("--count", type=int, default=400, help="questions of each skill and seed")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--scenes", type=int, default=6_000, help="captions that are drawn")
+    parser.add_argument("--count", type=int, default=300, help="questions of each skill and seed")
+    parser.add_argument("--seed", type=int, default=0, help="of tuning")
+    args, options = parser.parse_known_args()
     start = time.perf_counter()
-    data = write_records(args.kind, args.scenes, args.output_dir / "data")
-    tune(args.kind, args.adapter, data, args.steps, args.seed, args.output_dir / "adapter")
-    tuned = time.perf_counter() - start
-    print(f"tuned after {tuned:.0f} s", flush=True)
+    data = write_records(args.kind, args.adapter, args.scenes, args.output_dir / "data")
+    print(f"{len(data.read_text().splitlines())} records after {time.perf_counter() - start:.0f} s", flush=True)
+    tuned = args.output_dir / "adapter"
+    command = [sys.executable, EXAMPLES / f"train_{args.kind}.py", "--model_name_or_path", args.adapter]
+    command += ["--data", data, "--output_dir", tuned, "--max_steps", STEPS[args.kind], "--seed", args.seed]
+    command += [*OPTIONS[args.kind].split(), *OPTIONS_OF_BOTH.split(), *options]
+    subprocess.run(list(map(str, command)), check=True)
+    print(f"tuned after {time.perf_counter() - start:.0f} s", flush=True)
     skills = [*MIXTURE, "unseen_pairs"]
-    before, after = (ask(adapter, skills, args.count) for adapter in (args.adapter, args.output_dir / "adapter"))
-    rows = {skill: compare(before[skill], after[skill]) for skill in skills}
-    others = [skill for skill in skills if skill != "caption"]
-    rows["all but captions"] = compare(*(sum((of[skill] for skill in others), []) for of in (before, after)))
+    before, after = (ask(adapter, skills, args.count) for adapter in (args.adapter, tuned))
     if args.kind == "dpo":
-        rows["preferred"] = compare(*(prefers(a, args.count) for a in (args.adapter, args.output_dir / "adapter")))
+        for right, preferred in zip((before, after), prefer(args.adapter, tuned, args.count), strict=True):
+            right |= preferred
+    rows = {name: compare(before[name], after[name]) for name in before}
     for name, row in rows.items():
         print(
-            f"{name:18}{row['before']['accuracy']:>8.2%} ->{row['after']['accuracy']:>8.2%}"
+            f"{name:28}{row['before']['accuracy']:>8.2%} ->{row['after']['accuracy']:>8.2%}"
             f"   +{row['gained']} -{row['lost']}   p {row['p']:.3g}"
         )
-    command = f"python examples/measurements/preference.py {args.kind} --steps {args.steps} --seed {args.seed}"
-    report = evaluation.measured_with(command) | {"seconds of tuning": round(tuned, 1), "skills": rows}
+    command = f"python examples/measurements/preference.py {args.kind} --seed {args.seed} {' '.join(options)}".strip()
+    seconds = round(time.perf_counter() - start, 1)
+    report = evaluation.measured_with(command) | {"seconds": seconds, "rows": rows}
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{time.perf_counter() - start:.0f} s in all")
+    print(f"{seconds:.0f} s in all")
 
 
 if __name__ == "__main__":
