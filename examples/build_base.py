@@ -13,7 +13,7 @@ it goes on from its last checkpoint.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,7 +44,6 @@ class BuildArguments:
     learning_rate: float = 2e-3
     look_up_learning_rate: float = 1e-3
     workers: int = 15
-    media_attention: str = field(default="preceding", metadata={"help": "as in MMGPTConfig"})
 
 
 class DocumentTrainer(Trainer):
@@ -66,7 +65,7 @@ def build_processor() -> MMGPTProcessor:
     return MMGPTProcessor(MMGPTImageProcessor(size=SIDE), tokenizer)
 
 
-def build_model(processor: MMGPTProcessor, media_attention: str = "preceding") -> MMGPTForConditionalGeneration:
+def build_model(processor: MMGPTProcessor) -> MMGPTForConditionalGeneration:
     """A fresh model of 3.8 M parameters, its gates half open."""
     tokenizer = processor.tokenizer
     text_config = LlamaConfig(
@@ -88,7 +87,6 @@ def build_model(processor: MMGPTProcessor, media_attention: str = "preceding") -
         resampler={"depth": 2, "num_heads": 4, "head_dim": 32, "num_latents": 32},
         cross_attention={"num_heads": 4, "head_dim": 32},
         cross_attn_every_n_layers=1,
-        media_attention=media_attention,
         image_token_id=processor.image_token_id,
         end_of_chunk_token_id=processor.end_of_chunk_token_id,
     )
@@ -137,7 +135,7 @@ def main() -> None:
     (args,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses()
     set_seed(args.seed)
     processor = build_processor()
-    model = build_model(processor, args.media_attention)
+    model = build_model(processor)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} ids")
     train(model, processor, "perceive", args.perceive_steps, args.learning_rate, args)
     train(model, processor, "look_up", args.look_up_steps, args.look_up_learning_rate, args)
