@@ -4,10 +4,10 @@
     python examples/build_base.py --output_dir outputs/base --perceive_steps 20 --look_up_steps 20 \
         --batch_size 16                                                                 # a CPU, to see that it runs
 
-Two phases, both of documents of `corpus.py`. "perceive": mostly dense captions, from which the tower learns to see.
-"look_up": mostly look-ups with loss on their values alone, because dense captions teach to name a colour and then its
-shape, and not the other way round. Rows without a picture see the bare LM in both. Run again with the same arguments,
-it goes on from its last checkpoint.
+There are two phases, both on documents of `corpus.py`. "perceive" has mostly dense captions, from which the tower
+learns to see. "look_up" has mostly look-ups with loss on their values alone, because dense captions teach to name a
+colour and then its shape, but not the other way round. Rows without a picture pass the bare LM in both. Run again with
+the same arguments, the program resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class BuildArguments:
 
 
 class DocumentTrainer(Trainer):
-    """Trainer over `Documents`, which are random already: they are taken in their order."""
+    """Trainer over `Documents`, which are random already and are taken in order."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the learned tokens."""
@@ -66,7 +66,7 @@ def build_processor() -> MMGPTProcessor:
 
 
 def build_model(processor: MMGPTProcessor) -> MMGPTForConditionalGeneration:
-    """A fresh model of 3.8 M parameters, its gates half open."""
+    """A new model of 3.8 M parameters, its gates half open."""
     tokenizer = processor.tokenizer
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -98,7 +98,7 @@ def build_model(processor: MMGPTProcessor) -> MMGPTForConditionalGeneration:
 
 
 def train(model, processor, phase: str, steps: int, learning_rate: float, args: BuildArguments) -> None:
-    """Train one phase in place, or take up where an earlier run of it stopped."""
+    """Train one phase in place, or resume it."""
     folder = Path(args.output_dir) / phase
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -1,4 +1,4 @@
-"""Tune the tiny base on pictures and text together, load the adapter again, and ask it what it has never seen.
+"""Tune the tiny base on pictures and text together, load the adapter, and ask it about scenes it has never seen.
 
     python examples/quickstart.py
 

@@ -3,9 +3,9 @@
     python examples/measurements/tiles.py outputs/quickstart/adapter
 
 The texts of the skill "reading" (1 to 3 characters, 48 x 48 pixels) are put into one cell of an empty picture of
-144 x 144 pixels, three times the side that the tower sees. The same question is asked about the picture as it was, the
-whole large picture, the cell alone, the whole followed by the cell, and the nine cells as nine images. Prints the share
-of replies that are right, with its 95 % interval; a minute on two cores.
+144 x 144 pixels, three times the side that the tower sees. The same question is asked about the original picture,
+the whole large one, the cell alone, the whole followed by the cell, and the nine cells as nine images. It prints the
+share of right replies, with its 95 % interval, in a minute on two cores.
 """
 
 import argparse

@@ -23,10 +23,10 @@ COMPLETE = "complete.json"  # in a checkpoint: size and SHA-256 of each of its f
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Confirms a checkpoint when all of it is on the disk, and only then deletes older ones.
+    """Confirm a checkpoint when all of it is on the disk, and only then delete older ones.
 
-    The Trainer of transformers writes `checkpoint-N` file by file, and deletes old ones by the clock before all is on the disk.
-    Use it with [`last_checkpoint`]:
+    The Trainer of transformers writes `checkpoint-N` file by file, and deletes old ones by the clock before all is
+    on the disk. Use it with [`last_checkpoint`]:
 
         trainer = Trainer(..., args=args, callbacks=[WholeCheckpoints(args, data)])
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))

@@ -10,8 +10,8 @@ from ..cross_attention_mmgpt import MMGPTGatedCrossAttentionBlock
 def decayed_weights(model: nn.Module) -> list[str]:
     """Name the parameters that weight decay is for: the matrices of the gated blocks, and LoRA on them.
 
-    This is what OpenFlamingo and Multimodal-GPT intend (`--weight_decay 0.1`): gates, norms and biases do not decay, nor
-    do the resampler, embedding rows and LoRA on the LM's own layers.
+    This is what OpenFlamingo and Multimodal-GPT intend (`--weight_decay 0.1`): gates, norms and biases do not decay,
+    and neither do the resampler, embedding rows and LoRA on the LM's own layers.
     https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/train/train.py, `get_grouped_params`
 
     Args:
