@@ -166,6 +166,29 @@ def test_every_block_of_python_runs(root, page):
 @pytest.mark.parametrize("page", with_any("python", "bash"))
 def test_every_block_runs(root, page):
     run(page, with_long=True)
+    if page.name == "your_data.md":
+        assert replies_to(root / "my_data", "outputs/my_adapter") == [
+            "green",
+            "green",
+            "red",
+            "green",
+            "blue",
+            "green",
+        ]
+
+
+def replies_to(folder: Path, adapter: str) -> list[str]:
+    """What the adapter says of the pictures of a page."""
+    model = AutoModelForImageTextToText.from_pretrained(adapter, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(adapter)
+    question = {"type": "text", "text": "What colour is the circle?"}
+    asked = [
+        [{"role": "user", "content": [{"type": "image", "path": str(p)}, question]}]
+        for p in sorted(folder.glob("*.png"))
+    ]
+    inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, add_generation_prompt=True)
+    ids = model.generate(**inputs, max_new_tokens=16)
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_the_readme_is_short_and_shows_python_early():
