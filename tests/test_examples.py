@@ -53,8 +53,8 @@ def asked(*content: dict, answer: str = "red") -> list[dict]:
 
 def test_two_programs_see_one_tiny_world():
     """Also where one of them lies in another folder."""
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import joint, quickstart, tiny_world.mixture as world;"
-    code += "print(joint.mixture is quickstart.mixture is world.mixture, [m for m in sys.modules if 'examples' in m])"
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import tiles, quickstart, tiny_world.evaluation as world;"
+    code += "print(tiles.evaluation is quickstart.evaluation is world, [m for m in sys.modules if 'examples' in m])"
     done = run("-c", code, "examples", "examples/measurements")
     assert done.stdout.split() == ["True", "[]"], done.stderr
 
@@ -74,7 +74,7 @@ def test_the_page_names_every_program_and_every_command_is_there():
     assert set(re.findall(r"examples/\w+(?:/\w+)?\.py", page)) == started
 
 
-@pytest.mark.parametrize("program", ["write_benchmarks.py", "measurements/joint.py", "measurements/in_context.py"])
+@pytest.mark.parametrize("program", ["write_benchmarks.py", "measurements/tiles.py", "measurements/in_context.py"])
 def test_a_program_starts_from_anywhere(program, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = run(ROOT / "examples" / program, "--help", cwd=tmp_path)
