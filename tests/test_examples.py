@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiles
 import torch
 from conftest import highest_by_chance
 from peft import LoraConfig
@@ -79,6 +80,15 @@ def test_a_program_starts_from_anywhere(program, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = run(ROOT / "examples" / program, "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage"), done.stderr
+
+
+def test_small_text_in_a_large_picture_is_whole_in_its_cell():
+    asked = example("reading", 0, 3, "test")
+    shown = tiles.views(asked, 3)
+    (large,), (cell,) = shown["whole, 144 x 144"], shown["the cell that holds the text"]
+    assert large.size == (144, 144) and len(shown["nine cells as nine images"]) == 9
+    assert cell.tobytes() == asked.images[0].tobytes()
+    assert [cell.tobytes() == other.tobytes() for other in shown["nine cells as nine images"]].count(True) == 1
 
 
 # generate.py
