@@ -1,14 +1,14 @@
-"""Publish a tuned adapter, a merged model or a whole base: stage one flat folder, show it, upload it when told to.
+"""Publish a tuned adapter, a merged model or a whole base: stage one flat folder, show it, and upload it with `--yes`.
 
     python push_to_hub.py outputs/quickstart/adapter user/my-adapter --report outputs/quickstart/report.json
     python push_to_hub.py outputs/quickstart/adapter user/my-adapter --report outputs/quickstart/report.json --yes
 
-The first line is the dry run: every file with its size and SHA-256, and what stays behind. The second uploads them in
-one commit: a push that breaks off leaves the repository as it was, and its repetition skips what has arrived.
+The first line is a dry run: it lists every file with its size and SHA-256, and what is left out. The second uploads
+them in one commit. A push that breaks off leaves the repository as it is, and a repetition skips what has arrived.
 
 The folder holds weights, processor, card and the remote code, so that it loads with `trust_remote_code=True` where
-these packages are not installed. An adapter whose base is only a folder on this machine takes the base with it.
-`docs/publishing.md` says what the card is made from.
+these packages are not installed. An adapter whose base is only a local folder takes the base with it.
+`docs/publishing.md` tells what the card is made from.
 """
 
 import argparse
@@ -69,16 +69,16 @@ def stage(
     report: Path | None = None,
     licence: str | None = None,
 ) -> None:
-    """Put all that is to be published into one flat folder, which appears only when it is complete.
+    """Put all files to be published into one flat folder, which appears only when it is complete.
 
     Args:
         source: A folder with an adapter or a model, and its processor.
         repo: The name it will have, `user/name`.
-        staging: The folder to make; one of an earlier staging is replaced.
+        staging: The folder to make; an existing staging is replaced.
         base_model: Hub id of an adapter's base, where the adapter was trained from a local copy of it.
         base_revision: Commit of that base, where the adapter does not name it.
-        report: What training and evaluation wrote down, for the card; `source/report.json` if that is there.
-        licence: Hub id of the licence; that of the base if it says one.
+        report: Results of training and evaluation, for the card; by default `source/report.json` if it exists.
+        licence: Hub id of the licence; by default that of the base's card.
 
     Raises:
         FileNotFoundError: If `source` is neither adapter nor model, has no processor, or its base cannot be found.
@@ -111,7 +111,7 @@ def stage(
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files of these names; a folder of such a name stays behind, a link to elsewhere is an error."""
+    """Copy the files of these names; a folder of such a name is left out, a link to elsewhere is an error."""
     if not list(source.glob(patterns[0])):
         raise FileNotFoundError(f"{source} has no {patterns[0]}.")
     for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
@@ -121,7 +121,7 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def _settle_base(folder: Path, repo: str, base_model: str | None, base_revision: str | None) -> dict:
-    """Name the base by something that others can load, with the commit it was; return what the card says of it."""
+    """Name the base by an id that others can load, with its commit; return what the card says of it."""
     config = json.loads((folder / "adapter_config.json").read_text())
     recorded = config["base_model_name_or_path"]
     revision = base_revision or config.get("revision")
@@ -142,7 +142,7 @@ def _settle_base(folder: Path, repo: str, base_model: str | None, base_revision:
 
 
 def _facts_of_base(base: str, revision: str | None) -> dict:
-    """What the config and the card of a base, a folder or a Hub id, say of it; `None` where they say nothing."""
+    """Facts from the config and the card of a base, a folder or a Hub id; `None` where they say nothing."""
     config, card = (_open_file(base, name, revision) for name in ("config.json", "README.md"))
     return {
         "media_attention": None if config is None else json.loads(config.read_text())["media_attention"],
@@ -180,7 +180,7 @@ def _update(path: Path, change: Callable[[dict], dict]) -> None:
 
 
 def _without_paths(value: object, name: str = "") -> object:
-    """A config, or a part of it that has this name, without the names of parts that were folders here."""
+    """A config, or a part of it of this name, without names that are local folders."""
     if isinstance(value, dict):
         return {key: _without_paths(part, key) for key, part in value.items()}
     if isinstance(value, list):
@@ -190,7 +190,7 @@ def _without_paths(value: object, name: str = "") -> object:
 
 
 def left_behind(source: Path, staging: Path) -> list[str]:
-    """Name what is in the source and is not published: optimizer states, logs, checkpoints, and what is not ours."""
+    """Name the files of the source that are not published: optimizer states, logs, checkpoints, and others."""
     staged = {file.name for file in staging.iterdir()}
     return sorted(file.name + "/" * file.is_dir() for file in source.iterdir() if file.name not in staged)
 
@@ -212,15 +212,15 @@ def upload(
     pull_request: bool = False,
     message: str = "Upload with mmgpt",
 ) -> CommitInfo:
-    """Put the staged folder on the Hub in one commit, made only when every file has arrived.
+    """Upload the staged folder in one commit, made only when every file has arrived.
 
     `HfApi.upload_folder` would make several commits of a large folder, and a reader between two of them would see half
-    a model. Files of an earlier push that are not staged any more, such as the shards of a larger model, go in the
-    same commit; other files of the repository stay. The client shows its progress.
+    a model. Files of the last push that are not staged, such as the shards of a larger model, are removed in the same
+    commit; other files of the repository stay. The client shows its progress.
 
     Raises:
-        ValueError: If the repository shall be private, and is there already and public; if the message or the name of
-            the branch holds a secret.
+        ValueError: If the repository shall be private, but exists and is public; if the message or the name of the
+            branch holds a secret.
     """
     check_text("The message or the name of the branch", f"{message}\n{revision}")
     api = HfApi()
@@ -254,7 +254,7 @@ def upload(
 
 
 def write_card(folder: Path, facts: dict) -> None:
-    """Write `README.md` for a staged folder, from `model_card.jinja`: what really happened, as far as the files say.
+    """Write `README.md` for a staged folder, from `model_card.jinja` and what the files say.
 
     Args:
         folder: The folder.
@@ -290,7 +290,7 @@ def write_card(folder: Path, facts: dict) -> None:
 
 
 def _facts_of_adapter(folder: Path) -> dict:
-    """What the card says of an adapter's weights: how many, of which modules, and what is none of LoRA's."""
+    """What the card says of an adapter's weights: how many, of which modules, and which are not LoRA's."""
     config = json.loads((folder / "adapter_config.json").read_text())
     with safe_open(folder / "adapter_model.safetensors", "np") as weights:
         names = list(weights.keys())
@@ -305,7 +305,7 @@ def _facts_of_adapter(folder: Path) -> dict:
 
 
 def _eval_results(report: dict) -> list[EvalResult]:
-    """The rows of results; the metric of a row is what is neither its interval nor its count."""
+    """The rows of results; the metric of a row is the value that is neither its interval nor its count."""
     dataset, results = report.get("dataset", "own questions"), []
     for name, row in report.get("skills", {}).items():
         metric = next(key for key in row if key not in ("low", "high", "n"))
@@ -323,7 +323,7 @@ def _eval_results(report: dict) -> list[EvalResult]:
 
 
 def main() -> None:
-    """Stage, show, and upload if told to."""
+    """Stage, show, and upload with `--yes`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of an adapter or a model, with its processor")
     parser.add_argument("repo", help="user/name on the Hub")

@@ -4,16 +4,16 @@
     python examples/build_base.py --output_dir outputs/base --perceive_steps 20 --look_up_steps 20 \
         --batch_size 16                                                                 # a CPU, to see that it runs
 
-Two phases, both of documents of `corpus.py`. "perceive": mostly dense captions, from which the tower learns to see.
-"look_up": mostly look-ups with loss on their values alone, because dense captions teach to name a colour and then its
-shape, and not the other way round. Rows without a picture see the bare LM in both. Run again with the same arguments,
-it goes on from its last checkpoint.
+There are two phases, both on documents of `corpus.py`. "perceive" has mostly dense captions, from which the tower
+learns to see. "look_up" has mostly look-ups with loss on their values alone, because dense captions teach to name a
+colour and then its shape, but not the other way round. Rows without a picture pass the bare LM in both. Run again with
+the same arguments, the program resumes from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,11 +44,10 @@ class BuildArguments:
     learning_rate: float = 2e-3
     look_up_learning_rate: float = 1e-3
     workers: int = 15
-    media_attention: str = field(default="preceding", metadata={"help": "as in MMGPTConfig"})
 
 
 class DocumentTrainer(Trainer):
-    """Trainer over `Documents`, which are random already: they are taken in their order."""
+    """Trainer over `Documents`, which are random already and are taken in order."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the learned tokens."""
@@ -66,8 +65,8 @@ def build_processor() -> MMGPTProcessor:
     return MMGPTProcessor(MMGPTImageProcessor(size=SIDE), tokenizer)
 
 
-def build_model(processor: MMGPTProcessor, media_attention: str = "preceding") -> MMGPTForConditionalGeneration:
-    """A fresh model of 3.8 M parameters, its gates half open."""
+def build_model(processor: MMGPTProcessor) -> MMGPTForConditionalGeneration:
+    """A new model of 3.8 M parameters, its gates half open."""
     tokenizer = processor.tokenizer
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -88,7 +87,6 @@ def build_model(processor: MMGPTProcessor, media_attention: str = "preceding") -
         resampler={"depth": 2, "num_heads": 4, "head_dim": 32, "num_latents": 32},
         cross_attention={"num_heads": 4, "head_dim": 32},
         cross_attn_every_n_layers=1,
-        media_attention=media_attention,
         image_token_id=processor.image_token_id,
         end_of_chunk_token_id=processor.end_of_chunk_token_id,
     )
@@ -100,7 +98,7 @@ def build_model(processor: MMGPTProcessor, media_attention: str = "preceding") -
 
 
 def train(model, processor, phase: str, steps: int, learning_rate: float, args: BuildArguments) -> None:
-    """Train one phase in place, or take up where an earlier run of it stopped."""
+    """Train one phase in place, or resume it."""
     folder = Path(args.output_dir) / phase
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -137,7 +135,7 @@ def main() -> None:
     (args,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses()
     set_seed(args.seed)
     processor = build_processor()
-    model = build_model(processor, args.media_attention)
+    model = build_model(processor)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} ids")
     train(model, processor, "perceive", args.perceive_steps, args.learning_rate, args)
     train(model, processor, "look_up", args.look_up_steps, args.look_up_learning_rate, args)

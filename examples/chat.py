@@ -5,7 +5,7 @@ python examples/chat.py outputs/quickstart/adapter
 /image FILE   a picture for the next question; several may be given
 /clear        begin a new conversation
 /save FILE    write the conversation as a record that examples/train_sft.py reads
-Ctrl-C        stop the reply and take its question back, its pictures stay for the next; Ctrl-D ends the chat
+Ctrl-C        stop the reply and remove its question, but keep its pictures for the next; Ctrl-D ends the chat
 """
 
 import argparse
@@ -45,7 +45,7 @@ def named(argument: str) -> Path:
 
 
 def picture_part(path: Path) -> dict:
-    """A content part with the picture, opened now: later turns see it as it is now, and a bad one is told at once."""
+    """A content part with the picture, opened at once: a bad one is reported, and later changes do not matter."""
     return {"type": "image", "image": open_image(path), "path": str(path.resolve())}
 
 
@@ -65,7 +65,7 @@ def save(messages: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Read a line, do what it says, until there is no more."""
+    """Read and execute lines until the end of the input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of an adapter or a model")
     parser.add_argument("--max-new-tokens", type=int, default=256)

@@ -4,11 +4,11 @@
     python examples/chat_app.py outputs/quickstart/adapter           # an adapter, on its base
     python examples/chat_app.py BASE --adapter ONE --adapter TWO     # choose between adapters while chatting
 
-Needs `pip install -e ".[demo]" -c constraints.txt`; opens http://127.0.0.1:7860, for this machine alone. Pictures can
-come with any turn, several with one. `docs/chat.md` says who sees what and what stays where.
+Needs `pip install -e ".[demo]" -c constraints.txt`; opens http://127.0.0.1:7860, for this machine only. Pictures can
+come with any turn, several with one. `docs/chat.md` tells who sees what and which files are stored.
 
-gradio's own `ChatInterface` is not used: it keeps a question and its pictures in one message, and gradio 6.31 takes
-the pictures away when such a message is edited. Here each picture is a message of its own, and the text another.
+gradio's own `ChatInterface` is not used: it keeps a question and its pictures in one message, and gradio 6.31 removes
+the pictures when such a message is edited. Here each picture is a message of its own, and the text another.
 """
 
 import argparse
@@ -61,9 +61,9 @@ WRITER = ThreadPoolExecutor(max_workers=1)
 
 
 def to_messages(history: list[dict]) -> list[dict]:
-    """The messages that the last reply answers, or will answer, from gradio's history.
+    """The messages up to the last question, from gradio's history.
 
-    What follows the last question, a reply to it, is left out.
+    A reply to it is left out.
     """
     roles = [message["role"] for message in history]
     asked = len(roles) - roles[::-1].index("user") if "user" in roles else 0
@@ -71,7 +71,7 @@ def to_messages(history: list[dict]) -> list[dict]:
 
 
 def said(role: str, text: str) -> dict:
-    """A message of text in gradio's form; a bare string would lose its indentation there."""
+    """A message of text in gradio's form; a plain string would lose its indentation."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
@@ -89,7 +89,7 @@ def _part(part: dict) -> dict:
 
 
 def ask(history: list[dict], question: dict) -> list[dict]:
-    """Add a question, after a look at its pictures: a bad one would stand in the way of every later turn.
+    """Add a question after checking its pictures: a bad one would break every later turn.
 
     Args:
         history: The conversation so far.
@@ -109,7 +109,7 @@ def ask(history: list[dict], question: dict) -> list[dict]:
 
 
 def edit(history: list[dict], edited: gr.EditData) -> list[dict]:
-    """Put another text into a question, and drop what came after it; its pictures stand before it."""
+    """Replace the text of a question and drop what follows it; its pictures, which are before it, stay."""
     return [*history[: edited.index], said("user", edited.value)]
 
 
@@ -159,7 +159,7 @@ def join_events(
     stop: gr.Button,
     settings: list[gr.components.Component],
 ) -> None:
-    """Answer each way of asking: a question in the box, an example, an edited question, another try."""
+    """Connect each way of asking: a question in the box, an example, an edited question, a retry."""
 
     async def reply(history: list[dict], adapter: str, max_new_tokens: int, temperature: float, top_p: float):
         messages = to_messages(history)
@@ -250,9 +250,9 @@ def load(model: str, adapter_paths: list[str]) -> tuple[PreTrainedModel, Process
 
 
 def warm_up(url: str) -> None:
-    """Ask for two tokens about a picture, as a page does: the first reply of a process waits for much that is new.
+    """Ask for two tokens about a picture, as a page does, because the first reply of a process takes longer.
 
-    Most of it is not the model's: gradio imports matplotlib, where there is one, before its first event. The requests
+    Most of that is gradio's import of matplotlib before its first event. The requests
     are those of https://www.gradio.app/guides/querying-gradio-apps-with-curl.
 
     Args:
@@ -271,7 +271,7 @@ def warm_up(url: str) -> None:
 
 
 def main() -> None:
-    """Load, serve until Ctrl-C, and take the uploads away."""
+    """Load, serve until Ctrl-C, and delete the uploads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=str(BASE), help="folder or Hub id of a model or an adapter")
     parser.add_argument("--adapter", action="append", default=[], help="a further adapter; may be given several times")

@@ -6,11 +6,11 @@
 `--data` is the benchmark's folder, files as downloaded (`processing_mmgpt/evaluation/benchmarks.py` names them; the
 tiny world writes such folders: `python examples/write_benchmarks.py outputs/benchmarks`). Every number of examples is
 scored once for each seed, which draws the examples. `predictions/SHOTS-SEED/` holds a line of JSON for each query.
-Killed and started again, with the same or another number of processes, it goes on where it was: at most the batches
-under way are lost, and the scores are the same. `scores.json` has the scores and the standard errors over the seeds.
+If it is killed and started again, with the same or another number of processes, it continues: at most the batches in
+progress are lost, and the scores are the same. `scores.json` has the scores and the standard errors over the seeds.
 
-With `--greedy` answers are not searched with three beams, as the protocol has it, but written many at once by
-continuous batching; a larger `--batch_size` is then faster.
+With `--greedy` answers are written without the protocol's three beams, many at once by continuous batching; a larger
+`--batch_size` is then faster.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def encode(
     queries: list[Sample],
     with_images: bool,
 ) -> BatchFeature:
-    """The prompts of a batch: each query behind its examples."""
+    """The prompts of a batch: each query after its examples."""
     as_instruction = form == "instruction"
     records = [
         few_shot(
@@ -96,7 +96,7 @@ def write_answers(
     benchmark: Benchmark,
     engine: BatchingEngine | None = None,
 ) -> list[str]:
-    """Let the model write an answer to each prompt of a batch: by beams, or greedily by an engine if there is one."""
+    """Let the model write an answer to each prompt of a batch: by beams, or greedily if there is an engine."""
     ends = [processor.end_of_chunk_token_id, processor.tokenizer.eos_token_id]
     settings = {"max_new_tokens": benchmark.max_new_tokens, "eos_token_id": ends}
     if engine is None:
@@ -112,7 +112,7 @@ def write_answers(
 def rank_classes(
     model: PreTrainedModel, processor: MMGPTProcessor, inputs: BatchFeature, classes: list[str]
 ) -> list[float]:
-    """Mean log-likelihood of the tokens of each class name behind one prompt, all from one cache of the prompt."""
+    """Mean log-likelihood of the tokens of each class name after one prompt, all from one cache of the prompt."""
     prompt = model(**inputs.to(model.device), use_cache=True, logits_to_keep=1)
     names = processor.tokenizer(
         classes, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
@@ -135,7 +135,7 @@ def rank_classes(
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The whole lines of a JSONL file; what follows the last line end was cut short by a kill."""
+    """The complete lines of a JSONL file; a kill may have cut the last one."""
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     return [json.loads(line) for line in whole.splitlines()]
 
@@ -146,13 +146,13 @@ def finished(folder: Path) -> dict:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut a file behind its last whole line."""
+    """Cut a file after its last complete line."""
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def write_json(path: Path, contents: dict) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     with whole(path) as unfinished:
         unfinished.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
@@ -161,7 +161,7 @@ def write_json(path: Path, contents: dict) -> None:
 
 
 def open_index(path: Path, model: PreTrainedModel, processor: MMGPTProcessor, support: list[Sample]) -> Choose:
-    """Index the pictures of the training split, once, and return what finds those most like a query's (RICES)."""
+    """Index the pictures of the training split once, and return a function that finds the most similar ones."""
 
     @torch.inference_mode()
     def extract(pictures: list) -> torch.Tensor:
@@ -180,7 +180,7 @@ def open_index(path: Path, model: PreTrainedModel, processor: MMGPTProcessor, su
 
 
 def draw(support: list[Sample]) -> Choose:
-    """Return what draws examples at random out of a set that the seed draws, anew for each query."""
+    """Return a function that draws examples for each query, out of a set that the seed draws."""
 
     def choose(queries: list[Sample], shots: int, seed: int) -> list[list[int]]:
         pool = random.Random(seed).sample(range(len(support)), min(QUERY_SET_SIZE, len(support)))
@@ -195,7 +195,7 @@ def predict(
 ) -> dict:
     """Answer this process's share of the batches that have no answer yet, and return all predictions by id.
 
-    The batches are the same whatever the number of processes, and so is what comes out of one.
+    The batches, and so their results, are the same whatever the number of processes.
     """
     state = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def predict(
 
 
 def check_same_run(args: argparse.Namespace) -> None:
-    """Note what the predictions in a folder are of; refuse to go on with those of another run."""
+    """Store the settings of the predictions in a folder; refuse to continue those of another run."""
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("shots", "seeds", "output_dir")}
     path = args.output_dir / "settings.json"
     if not path.exists():

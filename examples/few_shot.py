@@ -2,9 +2,9 @@
 
     python examples/few_shot.py
 
-The pictures are of the tiny world, one object each, and the labels are made up: each colour is given a word that named
+The pictures are of the tiny world, one object each, and the labels are made up: each colour gets a word that names
 another class in every sequence of the model's training. Prints a prompt, then the share of right answers for several
-numbers of examples, drawn at random and chosen by likeness to the picture asked about (RICES). The index goes to
+numbers of examples, drawn at random and chosen by similarity to the picture asked about (RICES). The index goes to
 `outputs/few_shot`.
 """
 
@@ -54,7 +54,7 @@ def labelled_pictures(rng: random.Random, count: int, names: dict[str, str]) -> 
 
 
 def prompts(processor: ProcessorMixin, records: list[dict]) -> BatchFeature:
-    """A batch in the form of the documents that this base was trained on; the defaults are OpenFlamingo's."""
+    """A batch in the form of this base's training documents; the defaults are OpenFlamingo's."""
     bos_token = processor.tokenizer.bos_token
     return interleaved_prompts(processor, records, caption=LABELLED, separator="", bos_token=bos_token)
 

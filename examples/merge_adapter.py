@@ -1,10 +1,10 @@
 """Merge a LoRA adapter into its base: a plain model that loads without PEFT and generates without its extra cost.
 
     python examples/merge_adapter.py outputs/quickstart/adapter outputs/merged
-    python examples/merge_adapter.py outputs/quickstart/adapter outputs/fused --fuse    # of a LLaMA: faster yet
+    python examples/merge_adapter.py outputs/quickstart/adapter outputs/fused --fuse    # of a LLaMA: faster still
 
 The sum is made in float32 and rounded once, to the data type of the base or to `--dtype`. The largest difference of
-logits to the adapter on its base, on a probe with a picture, is printed, and kept in `report.json` for the card that
+logits to the adapter on its base, on a probe with a picture, is printed, and stored in `report.json` for the card that
 `push_to_hub.py` writes.
 """
 
@@ -28,7 +28,7 @@ def load_base(adapter: str, dequantize: bool = False) -> tuple[PreTrainedModel, 
     """Load the base that an adapter names, without the adapter, in float32.
 
     Returns:
-        The base, and the data type that it was saved in.
+        The base, and the data type that it is saved in.
 
     Raises:
         ValueError: If the adapter does not fit it; if its weights are quantised, and `dequantize` does not ask for
@@ -53,7 +53,7 @@ def load_base(adapter: str, dequantize: bool = False) -> tuple[PreTrainedModel, 
 
 
 def probe(processor: ProcessorMixin) -> dict[str, torch.Tensor]:
-    """A question about a picture of every shade, as the model gets it."""
+    """A question about a picture of every shade, as input of the model."""
     content = [{"type": "image", "image": Image.radial_gradient("L")}, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": content}]
     return processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
@@ -63,7 +63,7 @@ def probe(processor: ProcessorMixin) -> dict[str, torch.Tensor]:
 def merge(
     base: PreTrainedModel, adapter: str, dtype: torch.dtype, inputs: dict, fuse: bool = False
 ) -> tuple[PreTrainedModel, dict]:
-    """Merge an adapter into its base, in place, and look at what rounding has done, in float32 arithmetic.
+    """Merge an adapter into its base, in place, and measure the effect of rounding, in float32 arithmetic.
 
     Args:
         base: The base, in float32.
@@ -91,8 +91,7 @@ def merge(
 def save(model: PreTrainedModel, processor: ProcessorMixin, report: dict, output: Path, dequantized: bool) -> None:
     """Write model, processor and report into a folder that appears only when it is complete.
 
-    A model that was quantised cannot go back to the format of its checkpoint, which was bitsandbytes' (transformers
-    5.23 would try).
+    A dequantised model cannot be saved in the format of its checkpoint, bitsandbytes', though transformers would try.
     """
     with whole(output) as folder:
         model.save_pretrained(folder, save_original_format=not dequantized)

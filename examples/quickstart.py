@@ -1,4 +1,4 @@
-"""Tune the tiny base on pictures and text together, load the adapter again, and ask it what it has never seen.
+"""Tune the tiny base on pictures and text together, load the adapter, and ask it about scenes it has never seen.
 
     python examples/quickstart.py
 
@@ -40,16 +40,10 @@ def batches_of_like_length(examples: list[Example], seed: int) -> list[Example]:
     return [example for batch in batches for example in batch]
 
 
-def tune(examples: list[Example], seed: int, output_dir: Path, base: Path = BASE, passes: int = 1) -> None:
-    """Instruction-tune the base with LoRA on the examples, once, and save the adapter with its processor.
-
-    With more than one pass, each step goes through its `BATCH` examples in so many parts, one after the other, and the
-    loss is the mean of the means over each part's own tokens.
-    """
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(base)
-    if passes > 1:
-        model.accepts_loss_kwargs = False  # else Trainer makes it one mean over the tokens of all passes
+def tune(examples: list[Example], seed: int, output_dir: Path) -> None:
+    """Instruction-tune the base with LoRA, one pass over the examples, and save the adapter with its processor."""
+    model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(BASE)
 
     def fetch(batch: dict) -> dict:
         fetched = [examples[index] for index in batch["index"]]
@@ -58,8 +52,7 @@ def tune(examples: list[Example], seed: int, output_dir: Path, base: Path = BASE
     arguments = SFTConfig(
         output_dir=str(output_dir / "training"),
         max_steps=len(examples) // BATCH,
-        per_device_train_batch_size=BATCH // passes,
-        gradient_accumulation_steps=passes,
+        per_device_train_batch_size=BATCH,
         train_sampling_strategy="sequential",  # the examples are in batches already
         learning_rate=2e-3,
         lr_scheduler_type="cosine",

@@ -1,11 +1,11 @@
-"""Show what a model looks at while it answers: which picture, how strongly, and where in it.
+"""Show what a model attends to while it answers: which picture, how strongly, and where in it.
 
     python examples/show_attention.py outputs/quickstart/adapter "What colour is the circle?" --image scene.png
 
 Draws `attention.png`, one column for each of `--media-attention`: the model's own mode, and `following`, the mode
-of Multimodal-GPT as released, in which nothing after the last picture looks at it.
+of Multimodal-GPT as released, in which nothing after the last picture attends to it.
 
-What is drawn, with the figures of how well it points, is in `docs/attention.md`. Needs
+`docs/attention.md` explains what is drawn and how well it points. Needs
 `pip install -e ".[demo]" -c constraints.txt`.
 """
 
@@ -40,15 +40,15 @@ def resample(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch.
     """Resample pictures, and trace each latent back to the patches.
 
     Attention rollout, https://arxiv.org/abs/2005.00928: weights are averaged over heads, half of a layer's output is
-    taken to be its input, and layers are multiplied. The first latents are learnt, and hold no patch. What a patch
-    token holds of the patches around it, the tower's own mixing, is left out.
+    taken to be its input, and layers are multiplied. The first latents are learnt, and hold no patch. The tower's
+    own mixing of patches is left out.
 
     Args:
         model: In the eager implementation, which keeps the weights.
         pixel_values: `(1, M, 3, height, width)`.
 
     Returns:
-        The latents `(1, M, N, D)`, and of what patches each is made, `(M, N, P)`, rows that sum to one.
+        The latents `(1, M, N, D)`, and the share of each patch in them, `(M, N, P)`, with rows that sum to one.
     """
     weights: list[torch.Tensor] = []
     tokens = patch_tokens(model.model.vision_tower, pixel_values[0].to(model.dtype))  # (M, P, D)
@@ -63,11 +63,11 @@ def resample(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch.
 
 @torch.no_grad()
 def look(model: PreTrainedModel, inputs: dict) -> torch.Tensor:
-    """Run the model and gather what each token looks at, `(T, M, P)`.
+    """Run the model and gather what each token attends to, `(T, M, P)`.
 
     Every block's weights, averaged over its heads, times its gate; summed over blocks, and carried from latents to
-    patches by [`resample`]. Summed over `P` it is how strongly a token looks at a picture: at most the sum of the
-    gates, and 0 where it looks at none.
+    patches by [`resample`]. Summed over `P` it tells how strongly a token attends to a picture: at most the sum of
+    the gates, and 0 where it attends to none.
 
     Args:
         model: In the eager implementation.
@@ -82,7 +82,7 @@ def look(model: PreTrainedModel, inputs: dict) -> torch.Tensor:
 
 
 def above_even(heat: torch.Tensor) -> torch.Tensor:
-    """What of `(M, P)` is above an even look at all patches of all pictures, scaled to sum to one."""
+    """The part of `(M, P)` above an even share of all patches of all pictures, scaled to sum to one."""
     above = (heat - heat.mean()).clamp(min=0)
     return above / above.sum().clamp(min=torch.finfo(above.dtype).tiny)
 
@@ -95,9 +95,9 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, messages: list[dic
 
 
 def encode(processor: ProcessorMixin, messages: list[dict], reply: str) -> tuple[dict, list[str], list[int]]:
-    """The conversation with its reply as a batch, its tokens in words, and the places that write the replies.
+    """The conversation with its reply as a batch, its tokens in words, and the positions that write the replies.
 
-    A token is written at the place before it: there stands what the model looked at to write it.
+    A token is written at the position before it, whose attention shows what the model used to write it.
     """
     messages = [*messages, {"role": "assistant", "content": reply}]
     inputs = processor.apply_chat_template(
@@ -109,13 +109,13 @@ def encode(processor: ProcessorMixin, messages: list[dict], reply: str) -> tuple
 
 
 def crop(processor: ProcessorMixin, source: str) -> Image.Image:
-    """The part of a picture that the model gets to see: the square in its middle."""
+    """The part of a picture that the model sees: the square in its middle."""
     picture = ImageOps.exif_transpose(open_image(source)).convert("RGB")
     return ImageOps.fit(picture, (max(256, processor.image_processor.size),) * 2)
 
 
 def draw_tokens(axes, tokens: list[str], heat: torch.Tensor, highest: float) -> None:
-    """One line for each picture: how strongly each token looks at it."""
+    """One line for each picture: how strongly each token attends to it."""
     strength = heat.sum(dim=-1).T  # (M, T)
     axes.imshow(strength, cmap="magma", aspect="auto", vmin=0, vmax=highest)
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6)

@@ -35,13 +35,13 @@ def lora_config(
 ) -> peft.LoraConfig:
     """Make the LoRA config of Multimodal-GPT for a model.
 
-    Adapted are the LM's self-attention and the gated blocks (query, fused key and value, output, both feed-forward
-    matrices); never the vision tower, never the resampler. With LLaMA-7B, ViT-L/14 and a block every 4 layers that
+    It adapts the LM's self-attention and the gated blocks (query, fused key and value, output, both feed-forward
+    matrices), never the vision tower or the resampler. With LLaMA-7B, ViT-L/14 and a block every 4 layers that
     is 23,461,888 parameters, the number Multimodal-GPT's own log prints:
     https://github.com/open-mmlab/Multimodal-GPT/issues/26.
 
-    The adapter will name its base: one from the Hub by its id and commit, one in a local folder by its absolute path,
-    which is written into `model.name_or_path`.
+    The adapter names its base: from the Hub by its id and commit, in a local folder by its absolute path, which is
+    written into `model.name_or_path`.
 
     Args:
         model: The model to adapt, for the names of its LM's matrices.
@@ -96,7 +96,7 @@ def new_token_rows(model: MMGPTForConditionalGeneration) -> dict[str, list[int]]
 
 
 def base_of(path: str | os.PathLike) -> str | None:
-    """Name the base of an adapter that is to be tuned on, after a look whether it fits; `None` for a whole model.
+    """Check that an adapter to be tuned further fits its base, and name the base; `None` for a whole model.
 
     Args:
         path: Folder or Hub id of an adapter or of a whole model.
@@ -128,9 +128,9 @@ def load_for_tuning(path: str | os.PathLike, **kwargs) -> PreTrainedModel | peft
 
 
 def check_adapter(adapter: str | os.PathLike, config: MMGPTConfig) -> None:
-    """Look whether an adapter fits a base, before either is loaded: PEFT warns of missing weights, and of no others.
+    """Check that an adapter fits a base, before either is loaded. PEFT alone warns of missing weights only.
 
-    What `from_pretrained` and `load_adapter` load is looked at there.
+    `from_pretrained` and `load_adapter` call this by themselves.
 
     Args:
         adapter: Folder or Hub id of the adapter.
@@ -159,7 +159,7 @@ def show_head_bias(model: nn.Module) -> None:
     """Let TRL read `bias` off a head whose new rows are trained: PEFT (0.21) wraps it and shows `weight` only.
 
     Args:
-        model: The model with its adapter; in place, and nothing happens to any other.
+        model: The model with its adapter, changed in place; a head without new rows is left alone.
     """
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
@@ -171,10 +171,9 @@ def quantization_config(
 ) -> BitsAndBytesConfig | TorchAoConfig:
     """Make the config that loads a base in 4 or 8 bits, for `from_pretrained(..., quantization_config=...)`.
 
-    Quantised are the matrices of the LM's layers and of the gated blocks. The tower and the resampler, which no LoRA
-    makes up for, the gates, norms, embeddings and the head stay as they are. What a backend cannot take it leaves
-    whole and says nothing: torchao the matrices of GPT-2's kind (`Conv1D`), and in 4 bits rows that `group_size` does
-    not divide.
+    The matrices of the LM's layers and of the gated blocks are quantised. The tower, the resampler, the gates, norms,
+    embeddings and the head keep their precision. A backend silently leaves what it cannot quantise: torchao GPT-2's
+    matrices (`Conv1D`), and in 4 bits rows that `group_size` does not divide.
 
     Args:
         quant_type: `"nf4"` (QLoRA, https://arxiv.org/abs/2305.14314) or `"int8"` (LLM.int8(),

@@ -58,16 +58,16 @@ class MMGPTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load as every model of transformers; the tower's weights may have the names that open_clip gives them."""
+        """Load like any model of transformers; the tower's weights may have open_clip's names."""
         kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
         return super().from_pretrained(*args, **kwargs)
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str = "default", **kwargs):
-        """Load an adapter as every model of transformers, and as `from_pretrained` does; one has to fit.
+        """Load an adapter like any model of transformers, after a check that it fits.
 
         Raises:
             ValueError: If weights are missing, left over, of another shape or not finite, or if they would be lost, as
-                transformers 5.24 loses those of layers that are on the disk; the first are named.
+                transformers 5.24 loses those of layers on the disk; the first are named.
         """
         kwargs["ignore_mismatched_sizes"] = True  # else they are an error that does not name them
         info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
@@ -104,10 +104,10 @@ class MMGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialise what no checkpoint filled.
+        """Initialise the weights that no checkpoint holds.
 
         transformers asks the nearest model around a module, which for our blocks is the LM, and an LM knows nothing of
-        gates: it would leave them as uninitialised memory. So these are ours.
+        gates: it would leave them as uninitialised memory. So our own initialisation covers them.
         """
         for block in self.modules():
             if isinstance(block, MMGPTGatedCrossAttentionBlock):
@@ -184,7 +184,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple[ModelOutput, dict]:
-        """Run the LM, or its decoder alone, on text and images: the one road of both forwards.
+        """Run the LM, or its decoder alone, on text and images; both forwards call this.
 
         Args:
             language_model: `text_model`, or its decoder.
@@ -240,7 +240,7 @@ class MMGPTModel(MMGPTPreTrainedModel):
         num_tokens: int,
         document_index: torch.LongTensor | None = None,
     ) -> MMGPTCache | None:
-        """Give the cache to use, or `None`: none in checkpointed training, whose recomputation would fill it twice.
+        """Return the cache to use; `None` in checkpointed training, whose recomputation would fill it twice.
 
         Raises:
             ValueError: If the cache is a foreign one with tokens in it, or a static one without room, or if there is
@@ -267,11 +267,11 @@ class MMGPTModel(MMGPTPreTrainedModel):
         document_index: torch.LongTensor | None,
         cache: MMGPTCache | None,
     ) -> Conditioning | None:
-        """Work out what the gated blocks get: the images, and which token attends to which; `None` without any image.
+        """Prepare what the gated blocks get: the images, and which token attends to which; `None` without any image.
 
         Raises:
             ValueError: If tokens and pictures do not agree, see [`plan_images`], or if a picture cannot be added to
-                what is cached without computing it anew.
+                the cache without recomputing it.
         """
         index, numbers, latents = images.image_index, images.image_numbers, images.image_latents
         cached = None if cache is None else cache.image_count()

@@ -1,11 +1,11 @@
-"""The cache of generation: self-attention of the LM, cross-attention of the blocks, and which image stands where."""
+"""The cache of generation: self-attention of the LM, cross-attention of the blocks, and the numbers of the images."""
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
 
 
 class MMGPTCache(EncoderDecoderCache):
-    """A self-attention cache of any kind and the keys and values of the images, computed once an image.
+    """A self-attention cache of any kind, and the keys and values of the images, each computed once.
 
     `image_numbers` is `(B, M)`: the number of each cached image in its row, 0 for padding; `None` before the first.
 
@@ -19,11 +19,11 @@ class MMGPTCache(EncoderDecoderCache):
 
     @classmethod
     def wrap(cls, cache: Cache | None, config: PreTrainedConfig) -> "MMGPTCache":
-        """Make a cache of ours from nothing, or around an empty cache of another kind.
+        """Make a cache from nothing, or around an empty cache of another kind.
 
         Raises:
-            ValueError: If `cache` is of another kind and holds tokens already: their images are unknown. Also if it
-                is a static one that the LM cannot use.
+            ValueError: If `cache` is of another kind and holds tokens, whose images are unknown; or if it is a static
+                one that the LM cannot use.
         """
         if cache is None:
             return cls(DynamicCache(config=config.text_config))
@@ -49,7 +49,7 @@ class MMGPTCache(EncoderDecoderCache):
         return max((layer.get_max_length() for layer in layers if not layer.is_sliding), default=-1)
 
     def check_room(self, num_tokens: int) -> None:
-        """Look whether so many more tokens fit, if the self-attention cache is a static one.
+        """Check that this many more tokens fit, if the self-attention cache is a static one.
 
         Raises:
             ValueError: With both lengths, if they do not.
@@ -100,7 +100,7 @@ class MMGPTCache(EncoderDecoderCache):
         self._map_numbers(lambda numbers: numbers[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, given as a negative number; the images stay."""
+        """Remove the last tokens, given as a negative number; the images stay."""
         self.self_attention_cache.crop(tokens_to_remove)
 
     def _map_numbers(self, function) -> None:

@@ -1,4 +1,4 @@
-"""Between the layers of the LM: a gated block before every n-th, and the way its arguments take through the LM."""
+"""The gated blocks between the layers of the LM, and how their arguments pass through the LM."""
 
 from contextvars import ContextVar
 
@@ -17,7 +17,7 @@ _conditioning: ContextVar[Conditioning | None] = ContextVar("conditioning", defa
 class ConditionedDecoderLayer(nn.Module):
     """A decoder layer of the LM, with a gated block before it where the config asks for one.
 
-    A plain module, so that block and layer are checkpointed each on its own.
+    It is a plain module, so that block and layer are checkpointed separately.
 
     Args:
         decoder_layer: The LM's own layer.
@@ -30,7 +30,7 @@ class ConditionedDecoderLayer(nn.Module):
         self.gated_cross_attn_layer = gated_cross_attn_layer
 
     def forward(self, hidden_states: torch.Tensor, *args, conditioning: Conditioning | None = None, **kwargs):
-        """Run block and layer; without `conditioning` there are no images, and the rest is the layer's own."""
+        """Run block and layer; without `conditioning` there are no images. The other arguments are the layer's own."""
         if conditioning is None and not torch.compiler.is_compiling():
             conditioning = _conditioning.get()
         if conditioning is not None and self.gated_cross_attn_layer is not None:
@@ -76,7 +76,7 @@ def add_gated_blocks(text_model: PreTrainedModel, config: PreTrainedConfig) -> P
 
 
 def decode(language_model: nn.Module, conditioning: Conditioning | None, **kwargs):
-    """Run an LM, or its decoder alone, with `conditioning` at hand for every layer.
+    """Run an LM, or its decoder alone, with `conditioning` available to every layer.
 
     Args:
         language_model: The LM, whose layers are [`ConditionedDecoderLayer`]s.

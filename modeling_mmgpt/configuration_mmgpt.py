@@ -50,7 +50,7 @@ KEYS_OF_TRANSFORMERS = {
 
 
 def _reject_unknown(owner: str, given: dict[str, Any], known: Iterable[str]) -> None:
-    """Raise if keys are left over: a misspelt one would otherwise train or load something else, silently."""
+    """Raise if keys are left over: a misspelt one would silently train or load something else."""
     if given:
         raise ValueError(f"{owner} does not know {sorted(given)}. It knows {sorted(known)}.")
 
@@ -60,7 +60,7 @@ def _without(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
 
 
 def _require_sizes(owner: str, sizes: dict[str, Any]) -> None:
-    """Raise if a size is no whole number from 1 on: what is built from it would fail far from here."""
+    """Raise if a size is not a whole number from 1 on: what is built from it would fail far from here."""
     wrong = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
     if wrong:
         raise ValueError(f"{owner} has {wrong}; sizes have to be whole numbers from 1 on.")
@@ -84,12 +84,12 @@ class MMGPTVisionConfig(PreTrainedConfig):
         pos_embed_type: `"learnable"` or `"sin_cos_2d"`.
         act_kwargs: Arguments of the activation.
         norm_kwargs: Arguments of the norms.
-        quick_gelu: The activation OpenAI's weights were trained with.
-        post_norm: Patch tokens after the tower's last norm. OpenFlamingo and Multimodal-GPT were trained with
-            open_clip < 2.23, which returned them before it: hence the default.
+        quick_gelu: Use the activation of OpenAI's weights.
+        post_norm: Patch tokens after the tower's last norm. The weights of OpenFlamingo and Multimodal-GPT expect
+            them before it, as open_clip < 2.23 returns them; hence the default.
 
     Raises:
-        ValueError: On a field that is not one of these, or a size that is none.
+        ValueError: On an unknown field, or a size that is not a whole number from 1 on.
     """
 
     model_type = "mmgpt_vision"
@@ -166,10 +166,10 @@ class MMGPTConfig(PreTrainedConfig):
         vision_config: [`MMGPTVisionConfig`] for an open_clip tower, or the vision config of a transformers model
             (CLIP, SigLIP); a dict of either.
         text_config: Config of any causal LM of transformers, or a dict of one.
-        resampler: Sizes of the Perceiver resampler, laid over `{depth 6, num_heads 8, head_dim 64, num_latents 64,
-            ff_mult 4, max_num_frames None, max_num_images None}`.
-        cross_attention: Sizes of the gated blocks, laid over `{num_heads 8, head_dim 64, ff_mult 4}`.
-        cross_attn_every_n_layers: A gated block stands before every n-th decoder layer (n - 1, 2n - 1, ...).
+        resampler: Sizes of the Perceiver resampler, over the defaults `{depth 6, num_heads 8, head_dim 64,
+            num_latents 64, ff_mult 4, max_num_frames None, max_num_images None}`.
+        cross_attention: Sizes of the gated blocks, over the defaults `{num_heads 8, head_dim 64, ff_mult 4}`.
+        cross_attn_every_n_layers: Put a gated block before every n-th decoder layer (n - 1, 2n - 1, ...).
         media_attention: Which image a token attends to: `"preceding"` the most recent image at or before it (the
             Flamingo paper, OpenFlamingo 2); `"all_preceding"` every image at or before it; `"following"` the next
             one (OpenFlamingo 1, and Multimodal-GPT as released). See [`~modeling_mmgpt.compute_image_index`].
@@ -178,7 +178,8 @@ class MMGPTConfig(PreTrainedConfig):
         tie_word_embeddings: Follows `text_config`; kept here because PEFT reads it here.
 
     Raises:
-        ValueError: On an unknown key, here or in `resampler` or `cross_attention`, or a size that is none.
+        ValueError: On an unknown key, here or in `resampler` or `cross_attention`, or on a size that is not a whole
+            number from 1 on.
     """
 
     model_type = "mmgpt"

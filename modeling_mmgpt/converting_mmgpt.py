@@ -52,13 +52,13 @@ def convert_flamingo(
         language_model: Folder or Hub id of the LM with its original vocabulary; it gets that of the checkpoint.
         vision_tower: An open_clip state dict (`.safetensors`, `.pt`), or an open_clip pretrained tag.
         vision_config: An open_clip model name, or its model config. `quick_gelu` has to be what the tag needs.
-        cross_attn_every_n_layers: A gated block stands before every n-th decoder layer. Released: 4 for the 9B models
+        cross_attn_every_n_layers: Put a gated block before every n-th decoder layer. Released: 4 for the 9B models
             and Multimodal-GPT, 2 for 4B, 1 for 3B.
-        media_attention: Which image a token attends to. There is no default, for nothing in a file tells.
+        media_attention: Which image a token attends to. There is no default, because no file tells.
             `"following"` for OpenFlamingo-9B version 1 and for Multimodal-GPT, whose code lets a token attend to the
             next image unless `use_media_placement_augmentation` is on, and always at inference: in its prompt only
             the words before `<image>`, never the reply, look at the picture. `"preceding"` for every OpenFlamingo 2,
-            which dropped the flag. `"all_preceding"` for models trained with `only_attend_immediate_media=False`.
+            which has no such flag. `"all_preceding"` for models trained with `only_attend_immediate_media=False`.
             https://github.com/mlfoundations/open_flamingo/issues/242
         image_token_id: Id of `<image>`.
         end_of_chunk_token_id: Id of `<|endofchunk|>`.
@@ -66,10 +66,10 @@ def convert_flamingo(
         resampler: `num_heads` and `head_dim` where they are not 8 and 64; all other sizes are read off the checkpoint.
         cross_attention: Likewise.
         vision_post_norm: Patch tokens after the tower's last norm. For models trained with open_clip 2.23 or later;
-            the released ones saw them before it.
+            the released ones expect them before it.
         dtype: Data type of all weights; by default that of the LM.
         lm_head: A file of one tensor `(V, D)`, the LM head with the rows of the added tokens. OpenFlamingo neither
-            trained nor saved these rows of an untied head. Without the file they become the mean of the others.
+            trains nor saves these rows of an untied head. Without the file they become the mean of the others.
 
     Returns:
         The model, in evaluation mode.
@@ -131,7 +131,7 @@ def convert_lora(
         FileExistsError: If `output_dir` holds something.
         FileNotFoundError: If the file is missing.
         ValueError: If the file cannot be read without running it, if it is for another base (the message names the
-            first keys that do not fit and what was expected), or if nobody says what `lora_alpha` is.
+            first keys that do not fit and what was expected), or if neither file nor caller gives `lora_alpha`.
     """
     import peft
 

@@ -1,4 +1,4 @@
-"""The tanh-gated blocks that let the images in, and what they are handed.
+"""The tanh-gated blocks through which the LM sees the images, and their arguments.
 
 Flamingo, section 3.1.2: https://arxiv.org/abs/2204.14198. Names and sizes of the weights are those of OpenFlamingo,
 https://github.com/mlfoundations/open_flamingo/blob/main/open_flamingo/src/helpers.py.
@@ -17,7 +17,7 @@ from .attention_mmgpt import attend, feed_forward, split_heads
 
 
 class Record:
-    """What one forward notes on its way. A plain object, which hooks that move tensors hand on as it is."""
+    """What one forward records. A plain object, which hooks that move tensors leave alone."""
 
     def __init__(self):
         self.first_state: torch.Tensor | None = None  # (B, T, D), what the first block was given
@@ -25,7 +25,7 @@ class Record:
 
 
 class Conditioning(NamedTuple):
-    """What the layers of the LM get beside their own arguments, and hand to their gated block.
+    """The arguments that the layers of the LM pass to their gated blocks.
 
     A tuple: hooks that place a model on several devices move its tensors, and checkpointing takes them by position.
     """
@@ -97,7 +97,7 @@ class MaskedCrossAttention(nn.Module):
 
 
 class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
-    """Cross-attention and feed-forward, each let in through a tanh gate that starts shut.
+    """Cross-attention and feed-forward, each added through a tanh gate that starts closed.
 
     Args:
         config: The model's config.
@@ -121,7 +121,7 @@ class MMGPTGatedCrossAttentionBlock(GradientCheckpointingLayer):
         cache: Cache | None,
         record: Record,
     ) -> torch.Tensor:
-        """Let the images in; tensors are positional, as reentrant checkpointing demands.
+        """Add what the tokens see of their images; tensors are positional, as reentrant checkpointing requires.
 
         Args:
             hidden_states: `(B, T, D)`.

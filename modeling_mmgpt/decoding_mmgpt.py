@@ -1,7 +1,7 @@
 """A decoding loop for speed: one compiled step, replayed as a CUDA graph, and a host that is always a step ahead.
 
-transformers' own loop waits in every step until the device has decided whether all rows have ended, and so the device
-waits while the next step is prepared. `generate()` takes this loop by itself where [`runs_ahead`] says so.
+transformers' own loop waits in every step until the device has decided whether all rows have ended, and the device
+then waits while the next step is prepared. `generate()` uses this loop by itself where [`runs_ahead`] allows it.
 """
 
 from collections import deque
@@ -36,7 +36,7 @@ OF_THE_OTHER_LOOP = (
 def runs_ahead(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
     """Whether `generate()` can take [`sample_ahead`]: a compiled step on a GPU, and tokens alone are asked for.
 
-    Several processes are left to transformers' loop, which waits for the slowest where weights are shared out.
+    With several processes transformers' loop is used, which waits for the slowest where weights are sharded.
 
     Args:
         model: The model.
@@ -67,8 +67,8 @@ def sample_ahead(
 ) -> torch.LongTensor:
     """Decode greedily or by sampling; the arguments are those that `generate()` hands to its loops.
 
-    On a CPU, where no step is compiled unasked, it can be asked for; the first call then compiles for a while. (No
-    streamer comes this way: transformers hands none to a loop that it is given.)
+    On a CPU, where no step is compiled by default, ask for it; the first call compiles for a while. (A streamer cannot
+    be used this way: transformers passes none to a loop that it is given.)
 
         model.generate(**inputs, cache_implementation="static", custom_generate=sample_ahead)
 
@@ -76,7 +76,7 @@ def sample_ahead(
         `(B, T)`, the prompt and what follows; the same tokens as those of transformers' loop.
 
     Raises:
-        ValueError: If more is asked for than tokens (scores, attentions), or beams, or to go without a cache.
+        ValueError: If scores, attentions or beams are asked for, or if there is to be no cache.
     """
     cache = model_kwargs.get("cache")
     if generation_config.return_dict_in_generate:
@@ -128,7 +128,7 @@ def prefill(
     chunk_size: int,
     model_kwargs: dict[str, Any],
 ) -> ModelOutput:
-    """Run the prompt `(B, T)`, so many tokens at a time, and give what the last of them return."""
+    """Run the prompt `(B, T)` in chunks, and return the outputs of the last."""
     mask, positions, start, chunk = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"), 0, {}
     for ids in input_ids.split(chunk_size, dim=1):
         end = start + ids.shape[1]
@@ -143,7 +143,7 @@ def prefill(
 
 
 def padding(generation_config: GenerationConfig) -> int | None:
-    """The token behind the end of a row: that for padding, else the first that ends a row."""
+    """The token after the end of a row: the padding token, else the first end token."""
     if generation_config.pad_token_id is not None or generation_config.eos_token_id is None:
         return generation_config.pad_token_id
     end = generation_config.eos_token_id
@@ -159,7 +159,7 @@ def grow(model_kwargs: dict[str, Any]) -> None:
 
 
 def on_its_way(tokens: torch.LongTensor, unfinished: torch.LongTensor) -> tuple[torch.Tensor, torch.Event | None]:
-    """Start to copy what a step decided to the host, which does not wait for it: `(1 + B,)`, and when it is there."""
+    """Start to copy the decision of a step to the host without waiting: `(1 + B,)`, and the event that it is there."""
     decided = torch.cat([unfinished.amax(dim=0, keepdim=True), tokens])
     if decided.device.type == "cpu":
         return decided, None
@@ -171,7 +171,7 @@ def on_its_way(tokens: torch.LongTensor, unfinished: torch.LongTensor) -> tuple[
 
 
 def arrives(coming: tuple[torch.Tensor, torch.Event | None], streamer: Any) -> bool:
-    """Wait for what a step decided, hand its tokens to the streamer, and say whether all rows have ended."""
+    """Wait for the decision of a step, pass its tokens to the streamer, and return whether all rows have ended."""
     decided, there = coming
     if there is not None:
         there.synchronize()
@@ -181,7 +181,7 @@ def arrives(coming: tuple[torch.Tensor, torch.Event | None], streamer: Any) -> b
 
 
 def choose(scores: torch.Tensor, do_sample: bool) -> torch.LongTensor:
-    """The next tokens `(B,)` by their scores `(B, V)`: the likeliest, or drawn."""
+    """The next tokens `(B,)` by their scores `(B, V)`: the most likely, or drawn."""
     if do_sample:
         return torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1)[:, 0]
     return scores.argmax(dim=-1)
@@ -202,11 +202,11 @@ def capture(forward: Callable, inputs: dict) -> Callable:
 
     Args:
         forward: A function that has run with inputs of these shapes before.
-        inputs: Its arguments; what is no tensor in them is captured as it is.
+        inputs: Its arguments; those that are not tensors are captured as they are.
 
     Returns:
-        A function of the same arguments, which copies the tensors in and replays. It returns the same outputs each
-        time, written over.
+        A function of the same arguments, which copies the tensors in and replays. It returns the same output
+        tensors each time, overwritten.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     static = list(tensors_in(inputs))

@@ -1,4 +1,4 @@
-"""What `generate()` needs beside a forward: each picture encoded once, before rows are repeated for beams."""
+"""What `generate()` needs besides a forward: each picture encoded once, before rows are repeated for beams."""
 
 import copy
 from collections import ChainMap
@@ -86,9 +86,9 @@ class MMGPTGenerationMixin(GenerationMixin):
         cache: MMGPTCache | None = None,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Find out which image each token of a prompt attends to, and encode the new pictures.
+        """Find which image each token of a prompt attends to, and encode the new pictures.
 
-        Empties the self-attention cache, and keeps the images, where a new picture changes what cached tokens became.
+        Empties the self-attention cache, and keeps the images, where a new picture changes states of cached tokens.
 
         Args:
             input_ids: `(B, T)`, all ids, also those of the tokens in the cache.
@@ -181,7 +181,7 @@ class MMGPTGenerationMixin(GenerationMixin):
 
 
 def suppress_images(generation_config: GenerationConfig, config: PreTrainedConfig) -> GenerationConfig:
-    """Add `<image>` to what is never generated, in a copy: generated, it would stand for no picture."""
+    """Add `<image>` to the suppressed tokens, in a copy: a generated one would stand for no picture."""
     suppressed = generation_config.suppress_tokens or []
     if config.image_token_id is None or config.image_token_id in suppressed:
         return generation_config
@@ -191,10 +191,10 @@ def suppress_images(generation_config: GenerationConfig, config: PreTrainedConfi
 
 
 def drop_stale_suppression(model: PreTrainedModel, **hub_kwargs) -> None:
-    """Allow the one word that a folder of an older release suppresses in place of `<image>`.
+    """Allow the token that a folder of an older release suppresses in place of `<image>`.
 
-    Such a release noted the id of `<image>` before the vocabulary moved. Every folder written since has `<image>` in
-    its list, and an LM's own numbers beside it.
+    Such a folder holds the id that `<image>` had before the vocabulary grew. Newer folders have `<image>` in the list,
+    beside the LM's own tokens.
 
     Args:
         model: The model that was loaded; its `name_or_path` says from where.
@@ -216,11 +216,11 @@ def drop_stale_suppression(model: PreTrainedModel, **hub_kwargs) -> None:
 
 
 def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel | None, settings: Mapping[str, Any]) -> None:
-    """Look whether an assistant can draft for a model: it is handed the pictures as the model has encoded them.
+    """Check that an assistant can draft for a model; it gets the pictures as the model has encoded them.
 
     Raises:
-        ValueError: If it takes no pictures, or encoded pictures of another size; or if the model is to leave early,
-            as an assistant of its own.
+        ValueError: If it takes no pictures, or encoded pictures of another size; or if the model is to be its
+            own assistant, by an early exit.
     """
     if settings.get("assistant_early_exit") is not None:
         raise ValueError("assistant_early_exit cannot be used: the gated blocks are counted with all layers.")

@@ -1,4 +1,4 @@
-"""Which token attends to which image: pure functions of the ids, none of which sees a picture.
+"""Which token attends to which image: pure functions of the ids.
 
 Flamingo, section 3.1.3: https://arxiv.org/abs/2204.14198.
 
@@ -13,7 +13,7 @@ from .packing_mmgpt import images_of_document
 
 
 class ImagePlan(NamedTuple):
-    """What [`plan_images`] finds out."""
+    """The result of [`plan_images`]."""
 
     index: torch.Tensor  # (B, T), the image each token attends to, see `compute_image_index`
     numbers: torch.Tensor  # (B, M), the number of each new picture in its row, 0 for padding
@@ -30,7 +30,7 @@ def plan_images(
     continues: bool = False,
     document_index: torch.Tensor | None = None,
 ) -> ImagePlan:
-    """Answer three questions at once: do tokens and pictures agree, who attends to what, must we compute anew?
+    """Check that tokens and pictures agree, and find what each token attends to and whether to recompute the cache.
 
     Args:
         is_image: Bool `(B, T)`, true at `<image>` tokens.
@@ -43,8 +43,8 @@ def plan_images(
         document_index: `(B, T)`, the document of each token in packed rows; `None` where a row is one document.
 
     Raises:
-        ValueError: If a row has more new `<image>` tokens than pictures, with the row and both numbers; or if pictures
-            are given that no row is waiting for. Not in compiled code, which cannot look at numbers.
+        ValueError: If a row has more new `<image>` tokens than pictures, with the row and both numbers; or if there
+            are pictures without a token in any row. Not in compiled code, which cannot read numbers.
     """
     index = compute_image_index(is_image, media_attention, before, document_index)
     numbers = compute_image_numbers(index, num_images, cached)
@@ -90,9 +90,9 @@ def compute_image_index(
         following        1  1  1  2  2  2  0  0     the next image, an `<image>` token its own
         a row without   -1 -1 -1 -1 -1 -1 -1 -1     the blocks are off: the row is the bare LM's
 
-    0 attends to no image: the attention half of a block adds nothing, its feed-forward half acts, as it did in the
-    reference whose weights we load. A continuation counts on from the images before it: `e f` alone, with
-    `past_images` 2, gives `2 2`, `2 2` and `0 0`. In a packed row each document is one to itself:
+    0 attends to no image: the attention half of a block adds nothing, its feed-forward half acts, as in the reference,
+    whose weights expect it. A continuation counts from the images before it: `e f` alone, with
+    `past_images` 2, gives `2 2`, `2 2` and `0 0`. In a packed row each document counts by itself:
 
         document_index   1  1  1  1  2  2  3  3  3  3
         tokens           a  #  b  c  d  e  f  #  g  h
@@ -143,9 +143,9 @@ def compute_image_numbers(
 
 
 def continue_image_index(index: torch.Tensor, start: int, end: int, media_attention: str) -> torch.Tensor:
-    """Cut tokens `start` to `end` out of `(B, T)`, continued for tokens that follow without a picture of their own.
+    """Cut tokens `start` to `end` out of `(B, T)`, continued for tokens after it that have no picture of their own.
 
-    An `<image>` among those, generated or looked up, stands for no picture and moves nothing.
+    An `<image>` among those, generated or looked up, stands for no picture and changes nothing.
     """
     last = index[:, -1:].clamp(max=0) if media_attention == "following" else index[:, -1:]
     num_following = max(0, end - max(start, index.shape[1]))
@@ -170,7 +170,7 @@ def cross_attention_mask(
 
     Returns:
         Bool `(B, 1, T, M*N)`, true where attended. A token that attends to nothing is true everywhere, which keeps
-        its softmax finite; the block drops what it gathers. So `None`, true everywhere, where there is one image.
+        its softmax finite; the block drops the result. So it is `None`, true everywhere, where there is one image.
     """
     if numbers.shape[1] == 1:
         return None

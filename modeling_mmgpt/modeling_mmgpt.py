@@ -49,7 +49,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args, generation_config: GenerationConfig | None = None, **kwargs):
-        """Load as every model of transformers; what an older release noted wrongly of `<image>` is set right."""
+        """Load like any model of transformers, and correct the id of `<image>` that older folders suppress."""
         loaded = super().from_pretrained(*args, generation_config=generation_config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         if generation_config is None and model.name_or_path:
@@ -58,7 +58,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The defaults of `generate()`: whatever config is set, `<image>` is among the tokens it suppresses."""
+        """The defaults of `generate()`; `<image>` is always among the suppressed tokens."""
         return self._generation_config
 
     @generation_config.setter
@@ -109,21 +109,21 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
             pixel_values: `(B, M, F, 3, height, width)`, or `(B, M, 3, height, width)` for one frame each. A row may
                 hold fewer `<image>` tokens than `M`: the surplus is dropped.
             num_frames: `(B, M)`, how many of the `F` frames are real.
-            image_index: `(B, T)`, which image each token attends to; by default worked out from `input_ids`, see
+            image_index: `(B, T)`, which image each token attends to; by default computed from `input_ids`, see
                 [`~modeling_mmgpt.compute_image_index`].
-            image_latents: `(B, M, N, D_vision)`, pictures that went through [`MMGPTModel.encode_images`] already.
-            image_numbers: `(B, M)`, the number of each picture in its row, 0 for none; by default in the order of the
-                `<image>` tokens, counted.
+            image_latents: `(B, M, N, D_vision)`, pictures encoded by [`MMGPTModel.encode_images`].
+            image_numbers: `(B, M)`, the number of each picture in its row, 0 for none; by default counted in the order
+                of the `<image>` tokens.
             document_index: `(B, T)`, for packed rows: the document of each token, counted from 1, and 0 at padding
                 behind them all. Each document is computed as if it stood alone, without a cache; its mask and
-                positions take the place of `attention_mask` and `position_ids`.
+                positions replace `attention_mask` and `position_ids`.
             position_ids: `(B, T)`, handed to the LM.
-            labels: `(B, T)`, -100 where nothing is to be learnt; the shift is made here.
+            labels: `(B, T)`, -100 where nothing is learnt. They are shifted here.
             cache: The cache of an earlier call. The new tokens' `<image>`s, and no others, need pictures.
             use_cache: Return a cache; by default outside training.
             output_attentions: Return `attentions`, and `cross_attentions` `(B, H, T, M*N)` a block, which needs the
                 eager implementation.
-            logits_to_keep: Only the logits of so many last tokens, or of these.
+            logits_to_keep: Return only the logits of this many last tokens, or of the tokens at these places.
             **kwargs: Handed to the LM.
 
         Returns:
@@ -165,7 +165,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         dtype: torch.dtype | None = None,
         **config,
     ) -> "MMGPTForConditionalGeneration":
-        """Join a vision tower and a causal LM into a fresh model: new resampler, new blocks with shut gates.
+        """Join a vision tower and a causal LM into a new model, whose resampler is new and whose gates are closed.
 
         Args:
             vision: With `vision_config`, an open_clip state dict, a file of one, or an open_clip pretrained tag.
@@ -216,7 +216,7 @@ class MMGPTForConditionalGeneration(MMGPTPreTrainedModel, MMGPTGenerationMixin):
         return model
 
     def freeze(self, vision: bool = False, resampler: bool = False, text: bool = False) -> None:
-        """Take parts out of training: the vision tower, the resampler, the LM without its gated blocks."""
+        """Freeze parts: the vision tower, the resampler, or the LM without its gated blocks."""
         if vision:
             self.model.vision_tower.requires_grad_(False)
         if resampler:
@@ -231,7 +231,7 @@ def new_token_ids(text: str | PreTrainedModel) -> tuple[int, int, int]:
     """Ids of `<image>`, `<|endofchunk|>` and padding, as `MMGPTProcessor.from_vision_text_pretrained` makes them.
 
     Raises:
-        ValueError: If `text` is a model: it has no tokenizer to ask.
+        ValueError: If `text` is a model, which has no tokenizer.
     """
     if not isinstance(text, str):
         raise ValueError("Give image_token_id and end_of_chunk_token_id: an LM given as a model has no tokenizer.")
@@ -246,9 +246,9 @@ def new_token_ids(text: str | PreTrainedModel) -> tuple[int, int, int]:
 
 
 def stop_at_learnt_end(text_model: PreTrainedModel, text: str) -> None:
-    """Have a causal LM end at its tokenizer's end token, which the labels teach, whatever its own configs name.
+    """Make a causal LM end at its tokenizer's end token, which the labels teach, whatever its own configs name.
 
-    A list that holds this token is left: it names other ends beside it.
+    A list that holds this token is left alone: it names further end tokens.
 
     Args:
         text_model: The LM, whose config and generation config are set.

@@ -1,8 +1,8 @@
 """Packing: several documents in one row of tokens, each computed as if it stood alone.
 
 Two things keep the documents of a row apart: the mask of the self-attention, which is causal inside a document and
-shut between documents, and positions that start again with every document. Positions alone would not do: some
-families have none to give, and others work the mask out of them only where there is no padding.
+closed between documents, and positions that start again with every document. Positions alone are not enough: some
+families have none, and others derive the mask from them only where there is no padding.
 """
 
 import torch
@@ -17,7 +17,7 @@ CANNOT_PACK = ("bloom",)
 def keep_documents_apart(
     text_model: PreTrainedModel, document_index: torch.LongTensor
 ) -> tuple[torch.Tensor | dict[str, torch.Tensor], torch.LongTensor]:
-    """Make the arguments that have an LM keep the documents of a row apart.
+    """Make the arguments with which an LM keeps the documents of a row apart.
 
     Args:
         text_model: The LM.

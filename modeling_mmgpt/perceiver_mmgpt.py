@@ -95,8 +95,8 @@ class PerceiverResampler(nn.Module):
             num_frames: `(B, M)`, how many of the `F` frames are real; `None` if all are.
             image_numbers: `(B, M)`, the place of each image in its row, from 0, for a model with embeddings of it;
                 `None` for 0 to M - 1.
-            attentions: A list the weights `(B*M, H, N, F*P + N)` of each layer are appended to, if they are wanted:
-                of the latents over the patches and over themselves. Needs the eager implementation.
+            attentions: A list to which the weights `(B*M, H, N, F*P + N)` of each layer are appended, of the latents
+                over the patches and over themselves; `None` to leave them out. Needs the eager implementation.
 
         Returns:
             Latents `(B, M, N, D)`.

@@ -29,7 +29,7 @@ KEY_MAPPING = {OPEN_CLIP_NAME[0]: OPEN_CLIP_NAME[1] + "(?!)"}
 
 
 class VisionLayerNorm(nn.LayerNorm):
-    """A norm that gives back the data type it got, under autocast too, as open_clip's."""
+    """A norm that keeps the data type of its input, also under autocast, like open_clip's."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., D) -> (..., D)`."""
@@ -62,7 +62,7 @@ class LayerScale(nn.Module):
 
     Args:
         width: Width `D`.
-        value: What the factors begin with.
+        value: Initial value of the factors.
     """
 
     def __init__(self, width: int, value: float):
@@ -103,7 +103,7 @@ class MMGPTVisionBlock(GradientCheckpointingLayer):
 
 
 class MMGPTVisionTower(nn.Module):
-    """open_clip's ViT without the projection into CLIP's joint space, which no token passes.
+    """open_clip's ViT, without the projection into CLIP's joint space, which is not used here.
 
     The weights have the names of open_clip's `VisionTransformer`, but for [`OPEN_CLIP_NAME`]; `load_state_dict` takes
     both. https://github.com/mlfoundations/open_clip/blob/v3.3.0/src/open_clip/transformer.py
@@ -167,9 +167,9 @@ def _take_open_clip_names(tower: nn.Module, state_dict: dict[str, torch.Tensor],
 
 
 def sin_cos_2d(num_tokens: int, width: int) -> torch.Tensor:
-    """Embed places by waves, `(1 + side * side, D)`: zeros for the class token, then rows of patches.
+    """Embed positions by sine and cosine, `(1 + side * side, D)`: zeros for the class token, then rows of patches.
 
-    Half the channels tell the column, half the row, each by sines and cosines of wavelengths from 2 pi to 20,000 pi.
+    Half the channels encode the column, half the row, with wavelengths from 2 pi to 20,000 pi.
     """
     side = int((num_tokens - 1) ** 0.5)
     waves = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -191,7 +191,7 @@ def build_vision_tower(config: PreTrainedConfig) -> nn.Module:
 
 
 def patch_tokens(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Run the tower; one that is frozen builds no graph, even where checkpointing makes its embeddings ask for one.
+    """Run the tower. A frozen one builds no graph, even where checkpointing makes its embeddings require one.
 
     Args:
         tower: From [`build_vision_tower`].
@@ -215,9 +215,9 @@ def pooled_features(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Describe each picture by one vector, to compare pictures by their cosine.
 
     It is the class token (of SigLIP: the pooled one) after the tower's last norm. OpenFlamingo compares after CLIP's
-    projection into its joint space, and by a ViT-B/32 of its own
-    (https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/eval/rices.py); our towers have no
-    projection, for no token passes it.
+    projection into its joint space, by a separate ViT-B/32
+    (https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/eval/rices.py); the towers here have no
+    projection.
 
     Args:
         tower: From [`build_vision_tower`].

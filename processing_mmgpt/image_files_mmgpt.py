@@ -1,4 +1,4 @@
-"""Opening pictures: the one place where a file or bytes of somebody else become a picture."""
+"""Open pictures: the one place where files or bytes become a picture."""
 
 import base64
 import binascii
@@ -24,20 +24,21 @@ STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # Pillow's modes of colours that are mu
 
 
 class ImageError(ValueError):
-    """A picture that is refused. The message says which and why, and nothing of the decoder's or network's insides."""
+    """A picture that is refused. The message says which and why, and tells nothing of the decoder or the network."""
 
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """What may be opened as a picture. The default is for strangers' pictures, as behind a server.
+    """What may be opened as a picture. The default is for pictures of strangers, as in a server.
 
     Bytes and data URLs are always opened, within the limits.
 
     Args:
         paths: Open files of this machine by their paths.
         fetch: `(address, max_bytes)` to the bytes of a file, for `http` and `https` addresses, such as
-            `functools.partial(processing_mmgpt.serving.fetching.fetch, hosts=["example.org"])`; without, no address.
-        formats: The formats that are decoded, under Pillow's names.
+            `functools.partial(processing_mmgpt.serving.fetching.fetch, hosts=["example.org"])`; by default none is
+            opened.
+        formats: The formats that are decoded, by Pillow's names.
         max_bytes: Size of the largest file.
         max_pixels: Pixels of the largest picture, read off its header before anything is decoded.
     """
@@ -58,20 +59,20 @@ OWN_IMAGES = ImagePolicy(
 
 
 def open_image(source: Any, policy: ImagePolicy = OWN_IMAGES) -> Image.Image:
-    """Open one picture, wholly decoded, with 8 bits a channel, and turned upright by its EXIF orientation.
+    """Open one picture and decode it, with 8 bits a channel, turned upright by its EXIF orientation.
 
     Args:
         source: A PIL picture; an array `(height, width)` or `(height, width, 1, 3 or 4)`, or a tensor with its
             channels first, of whole numbers of 8 or 16 bits or of truth values; a path; the bytes of a file; either as
             `datasets` has them, `{"bytes": ..., "path": ...}`; a data URL, or an `http` or `https` address. Of 16 bits
-            the high byte is taken, in every form.
-        policy: What may be opened; by default the own pictures of whoever calls: files by their paths, no addresses.
+            the high byte is used.
+        policy: What may be opened; by default the caller's own pictures: files by their paths, no addresses.
 
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If `source` is something else.
-        ImageError: If it is refused: by the policy, or because it is no picture, an animated, damaged or truncated
-            one, or one without a known range of values.
+        ImageError: If it is refused by the policy, is not a picture, is animated, damaged or truncated, or has no
+            known range of values.
     """
     if isinstance(source, dict) and source and source.keys() <= {"bytes", "path"}:
         source = _from_column(source)
@@ -123,7 +124,7 @@ def _crop_centre(image: Image.Image, size: int) -> Image.Image:
 
 
 def _is_tensor(source: Any) -> bool:
-    """Whether it is a tensor of torch; where torch was never imported, nothing is."""
+    """Whether it is a tensor of torch; without torch imported, nothing is."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(source, torch.Tensor)
 
@@ -161,11 +162,11 @@ def _from_path(path: str | os.PathLike, policy: ImagePolicy) -> Image.Image:
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """Open a file of somebody else to be read. A named pipe or a device is refused, and not waited for.
+    """Open a regular file for reading. A named pipe or a device is refused.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImageError: If it is no regular file, or cannot be opened.
+        ImageError: If it is not a regular file, or cannot be opened.
     """
     try:
         file = open(path, "rb", opener=_open_without_waiting)
@@ -214,7 +215,7 @@ def _decode(file, size: int, name: str, policy: ImagePolicy) -> Image.Image:
 
 
 def _finish(image: Image.Image, name: str) -> Image.Image:
-    """Decode a picture that Pillow has opened, turn it upright, and bring it to 8 bits: the end of every road."""
+    """Decode a picture that Pillow has opened, turn it upright, and bring it to 8 bits; every source ends here."""
     try:
         # MPO is a camera's JPEG, with previews after it.
         is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
@@ -237,7 +238,7 @@ def _damaged(name: str) -> str:
 
 
 def _high_byte(array: np.ndarray) -> Image.Image:
-    """As Pillow does for 16-bit colour; grey it would clip to white, silently."""
+    """Take the high byte, as Pillow does for 16-bit colour; grey it would silently clip to white."""
     return Image.fromarray((array >> 8).astype(np.uint8))
 
 
@@ -267,7 +268,7 @@ def _from_array(array: "np.ndarray | torch.Tensor") -> Image.Image:
 
 
 def shorten(value: Any, length: int = 80) -> str:
-    """Quote somebody's value in a message, cut to a line, however large or deep it is."""
+    """Quote a value in a message, cut to one line, however large or deep it is."""
     if isinstance(value, str):
         return repr(value if len(value) <= length else value[:length] + "...")
     quote = reprlib.Repr()

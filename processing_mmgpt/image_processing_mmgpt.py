@@ -20,20 +20,20 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class MMGPTImageProcessor(BaseImageProcessor):
     """Resize the short side, crop the centre, convert to RGB, normalise.
 
-    The order is open_clip's, in which the conversion to RGB comes after resizing:
-    https://github.com/mlfoundations/open_clip/blob/v3.3.0/src/open_clip/transform.py. One thing is ours: a picture is
+    This is open_clip's order, in which the conversion to RGB comes after resizing:
+    https://github.com/mlfoundations/open_clip/blob/v3.3.0/src/open_clip/transform.py. One thing differs: a picture is
     first turned upright by its EXIF orientation, which open_clip ignores.
 
     Args:
         size: Side of the square result, in pixels.
         image_mean: Mean of each channel, of values in 0..1.
         image_std: Standard deviation of each channel.
-        video_fps: Frames a second that are taken from a video file.
+        video_fps: Frames a second to take from a video file.
         max_num_frames: The most frames of a video file; `None` for no limit. Where the model has frame embeddings,
-            at most so many: `config.resampler["max_num_frames"]`.
+            at most `config.resampler["max_num_frames"]`.
 
     Raises:
-        ValueError: On an unknown argument, or one that is no size, no mean or no deviation.
+        ValueError: On an unknown argument, or on a wrong size, mean or deviation.
     """
 
     model_input_names = ["pixel_values"]
@@ -80,7 +80,7 @@ class MMGPTImageProcessor(BaseImageProcessor):
         """Turn an image or a video into floats `(F, 3, size, size)`.
 
         Args:
-            image: An image, of which `F` is 1; a list of images, the frames of a video, all of which are taken; or a
+            image: An image, with `F` = 1; a list of images, the frames of a video, all of which are used; or a
                 [`~processing_mmgpt.messages_mmgpt.Video`], which is sampled at `video_fps`.
         """
         if isinstance(image, Video):
@@ -92,7 +92,7 @@ class MMGPTImageProcessor(BaseImageProcessor):
         return self.pixels(image)[None]
 
     def stack(self, images: list[list]) -> dict[str, torch.Tensor]:
-        """Stack the images of each row, zeros where a row has fewer.
+        """Stack the images of each row, with zeros where a row has fewer.
 
         Args:
             images: For each row its images and videos, in the forms of [`frames`]; or for all rows
@@ -103,7 +103,7 @@ class MMGPTImageProcessor(BaseImageProcessor):
             `(B, M, F, 3, size, size)` and `num_frames` `(B, M)`; of latents, `image_latents` `(B, M, N, D_vision)`.
 
         Raises:
-            ValueError: If there are latents and images: a batch has one of them. Or with the row, as [`frames`].
+            ValueError: If there are both latents and images; or as [`frames`], with the row.
         """
         flat = [image for row in images for image in row]
         if not flat:
@@ -125,9 +125,9 @@ class MMGPTImageProcessor(BaseImageProcessor):
         return {"pixel_values": pixel_values, "num_frames": torch.tensor(num_frames)}
 
     def square(self, image: Image.Image) -> Image.Image:
-        """Resize, crop and convert an upright picture to the RGB one `(size, size)` whose pixels the model sees.
+        """Resize, crop and convert an upright picture to the RGB picture `(size, size)` that the model sees.
 
-        A square one stays as it is. So a server can keep this in place of a picture of any size.
+        A square RGB picture of that size stays as it is, so a server can store the result in place of the original.
 
         Raises:
             ImageError: If the picture is so long and thin that resizing it would take gigabytes.
@@ -143,7 +143,7 @@ class MMGPTImageProcessor(BaseImageProcessor):
 
 
 def _stacked(rows: list[list[torch.Tensor]]) -> torch.Tensor:
-    """Stack tensors that may differ in their first dimension to `(B, M, ...)`, zeros where there is none."""
+    """Stack tensors that may differ in their first dimension to `(B, M, ...)`, with zeros where a row has none."""
     flat = [one for row in rows for one in row]
     stacked = flat[0].new_zeros(len(rows), max(map(len, rows)), max(map(len, flat)), *flat[0].shape[1:])
     for number, row in enumerate(rows):
@@ -153,9 +153,9 @@ def _stacked(rows: list[list[torch.Tensor]]) -> torch.Tensor:
 
 
 def image_format(vision: Any, vision_config: str | dict | None) -> dict[str, Any]:
-    """Size, and where it is known mean and deviation, of the images that a tower was trained on.
+    """Size, and if known mean and deviation, of the images that a tower is trained on.
 
-    A folder of transformers says them in its `preprocessor_config.json`; of one without, the config says the size.
+    A folder of transformers has them in its `preprocessor_config.json`; without one, its config has the size.
 
     Args:
         vision: As for `MMGPTForConditionalGeneration.from_vision_text_pretrained`.

@@ -1,4 +1,4 @@
-"""Chat messages: what one may hold, checked before anything is rendered from it."""
+"""Chat messages: what they may hold, checked before anything is rendered."""
 
 import os
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ IMAGE_SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video",
 
 @dataclass(frozen=True)
 class Video:
-    """The file of a video where an image may stand: a path, or the bytes of a file."""
+    """A video in place of an image: a path, or the bytes of a file."""
 
     source: str | os.PathLike | bytes
 
 
 @dataclass(frozen=True)
 class Latents:
-    """What the model's frozen parts made of an image before, in its place: `tensor` is `(N, D_vision)`."""
+    """Latents in place of an image, computed before by the model's frozen parts: `tensor` is `(N, D_vision)`."""
 
     tensor: torch.Tensor
 
@@ -31,8 +31,8 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Check messages and bring them into one form.
 
     Every content becomes a list: its images and videos, then at most one text, then at most one input. Texts of one
-    message are joined, by line breaks in a user's turn; so nothing can be spelt across two parts that is not seen in
-    one. Pictures behind all texts are put before them.
+    message are joined, by line breaks in a user's turn, so no control token can be spelt across two parts. Pictures
+    after all texts are moved before them.
 
     Args:
         messages: Chat messages of transformers; a string content is one text part, and `{"type": "image_url",
@@ -40,12 +40,12 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             schema, so a part may have fields that are `None`.
 
     Returns:
-        New messages; the given ones are left alone.
+        New messages; the given ones are not changed.
 
     Raises:
-        TypeError: If `messages` is no list of dicts.
+        TypeError: If `messages` is not a list of dicts.
         ValueError: On an empty list, an unknown role or content type, a system message that is not the first, a
-            response to nothing, or a picture between two texts of a turn.
+            response without a question, or a picture between two texts of a turn.
     """
     if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
         raise TypeError(
@@ -125,7 +125,7 @@ def _part(part: Any, role: str, number: int) -> dict[str, Any]:
 
 
 def take_images(messages: list[dict[str, Any]], images: list | None = None) -> tuple[list[dict[str, Any]], list]:
-    """Take images and videos out of normalised messages, and put others in for the parts that only mark a place.
+    """Take images and videos out of normalised messages, and fill those parts that only mark a place.
 
     Args:
         messages: Messages from [`normalise`].
@@ -136,7 +136,7 @@ def take_images(messages: list[dict[str, Any]], images: list | None = None) -> t
         in any form of `open_image`, a list of them (the frames of a video), a [`Video`] or [`Latents`].
 
     Raises:
-        ValueError: If places and images differ in number, or `images` is no list.
+        ValueError: If places and images differ in number, or `images` is not a list.
     """
     parts = [part for message in messages for part in message["content"] if part["type"] in IMAGE_SOURCES]
     sources = [_source(part) for part in parts]

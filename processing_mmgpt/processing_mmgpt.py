@@ -1,4 +1,4 @@
-"""The processor: chat messages and images to ids and pixels. It owns every string and every token."""
+"""The processor: chat messages and images to ids and pixels. All strings and tokens are here."""
 
 import copy
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class MMGPTProcessor(ProcessorMixin):
         ValueError: If the tokenizer is slow or lacks one of the tokens.
 
     No text of a message that [`encode_chat`] or [`apply_chat_template`] renders becomes a control token.
-    `processor.tokenizer` renders the same template by itself, and there `sanitize_control_tokens=True` has to say so.
+    `processor.tokenizer` renders the same template, but there `sanitize_control_tokens=True` has to be given.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class MMGPTProcessor(ProcessorMixin):
 
         Args:
             text: One text or several; each `<image>` in them stands for an image.
-            images: An image, a flat list that the texts share out by their `<image>`s, or a list for each text, `None`
-                for none. In place of an image, a list of images or `{"type": "video", "video": file}` is a video.
+            images: An image, a flat list that is divided by the `<image>`s of the texts, or a list for each text;
+                `None` for none. A list of images or `{"type": "video", "video": file}` is a video.
             padding: As in a tokenizer.
             padding_side: `"left"` for generation, `"right"` for training.
             return_tensors: `"pt"`, `"np"`, or `None` for ids as lists.
@@ -134,7 +134,7 @@ class MMGPTProcessor(ProcessorMixin):
             makes them.
 
         Raises:
-            TypeError: If `text` is no text.
+            TypeError: If `text` is not a string or a list of strings.
             ValueError: If a text has another number of `<image>`s than images, with the row and both numbers; or if
                 truncation cuts one off.
         """
@@ -164,7 +164,7 @@ class MMGPTProcessor(ProcessorMixin):
     ) -> EncodedChat:
         """Render one conversation and tokenize it, with what is learnt.
 
-        A control token that stands literally in a message stays text: it gets the ids of its characters.
+        A control token typed in a message stays text: it gets the ids of its characters.
 
         Args:
             messages: The conversation.
@@ -205,7 +205,7 @@ class MMGPTProcessor(ProcessorMixin):
             return_tensors: `"pt"`, as is `"auto"`, `"np"`, or `None` for lists.
             return_dict: Return the whole batch, not `input_ids` alone.
             continue_final_message: Leave the last message open.
-            load_audio_from_video: Can only be false: the model hears nothing.
+            load_audio_from_video: Can only be false; the model takes no sound.
             processor_kwargs: `padding` as in a tokenizer, by default true; `padding_side`, by default `"left"` before
                 generation and `"right"` else; `pad_to_multiple_of`, `truncation` and `max_length` as in [`__call__`];
                 `images` for the image parts without a source, in order, for a batch a list each; `return_tensors`;
@@ -214,7 +214,7 @@ class MMGPTProcessor(ProcessorMixin):
             **kwargs: The `processor_kwargs` as well; and variables of the template.
 
         Raises:
-            TypeError: On an argument that is none, and that the template does not read.
+            TypeError: On an unknown argument that the template does not read either.
             ValueError: As [`encode_chat`]; if truncation cuts an `<image>` off, or if two arguments contradict.
         """
         template = self.chat_template if chat_template is None else chat_template
@@ -283,9 +283,9 @@ class MMGPTProcessor(ProcessorMixin):
         conversations: list[list[dict[str, Any]]],
         images: list[list] | None = None,
     ) -> BatchFeature:
-        """Put a new turn behind what `generate` returned, for a `generate` that goes on from its cache.
+        """Append a new turn to what `generate` returned, for a `generate` that continues from its cache.
 
-        The old ids are taken as they are: rendered anew, they might differ from those in the cache.
+        The old ids are kept: rendered again, they might differ from those in the cache.
 
         Args:
             sequences: `(B, T)`, the ids of prompt and reply.
@@ -359,10 +359,10 @@ class MMGPTProcessor(ProcessorMixin):
         max_length: int | None,
         padding: bool | str,
     ) -> list[list[int]]:
-        """Cut rows of ids to `max_length`, by ourselves: a tokenizer would note the length, for all threads.
+        """Cut rows of ids to `max_length`; a tokenizer would store the length for all threads.
 
         Raises:
-            ValueError: If an `<image>` is cut off, or nothing is to be cut or padded to a `max_length` that is given.
+            ValueError: If an `<image>` is cut off, or `max_length` is given without truncation or padding to it.
         """
         if truncation in (None, False, "do_not_truncate"):
             if max_length is not None and padding != "max_length":
@@ -396,7 +396,7 @@ class MMGPTProcessor(ProcessorMixin):
         return chats
 
     def _share_out(self, input_ids: list[list[int]], images: Any) -> list[list]:
-        """Bring `images` into one list for each row."""
+        """Divide `images` into one list for each row."""
         if images is None:
             return [[] for _ in input_ids]
         if not isinstance(images, list | tuple):
@@ -417,7 +417,7 @@ class MMGPTProcessor(ProcessorMixin):
 def add_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a tokenizer `<|endofchunk|>`, `<image>` and, if it has no padding token, `<PAD>`, in place.
 
-    Its own special tokens stay what they are.
+    Its own special tokens stay.
     """
     tokenizer.add_special_tokens(
         {"extra_special_tokens": [END_OF_CHUNK_TOKEN, IMAGE_TOKEN]}, replace_extra_special_tokens=False
@@ -441,7 +441,7 @@ def pad_rows(rows: list[list[int]], value: int, side: str, width: int) -> list[l
 
 
 def _kinds(given: Any) -> str:
-    """Name the type of something, and those inside of a list."""
+    """Name the type of a value, and the types inside a list."""
     if not isinstance(given, list | tuple):
         return f"a {type(given).__name__}"
     return f"a {type(given).__name__} of {', '.join(sorted({type(one).__name__ for one in given}))}"

@@ -1,4 +1,4 @@
-"""Rendering: messages through the chat template to text, and to ids of which some are learnt."""
+"""Render messages through the chat template to text, and to ids with a mark of those that are learnt."""
 
 import re
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ class EncodedChat:
 
     Args:
         input_ids: The ids.
-        learnt: For each id 1 if it is of a response or its end token, which are learnt, else 0.
+        learnt: For each id 1 if it belongs to a response or its end token, which are learnt, else 0.
         images: What stands at each `<image>`, see [`~processing_mmgpt.messages_mmgpt.take_images`].
-        ends: For each response, how many ids there are up to its end.
+        ends: For each response, the number of ids up to its end.
     """
 
     input_ids: list[int]
@@ -34,9 +34,9 @@ class EncodedChat:
     ends: list[int]
 
     def cut(self, max_length: int, image_token_id: int) -> "EncodedChat":
-        """Cut what has more than `max_length` ids behind the last response that fits whole; to nothing if none does.
+        """Cut a conversation of more than `max_length` ids after the last response that fits; to nothing if none fits.
 
-        Exactly the images whose token is cut off go.
+        Exactly the images whose tokens are cut off are removed.
         """
         if len(self.input_ids) <= max_length:
             return self
@@ -65,7 +65,7 @@ class RenderedChat:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> list[str]:
-    """The tokens that no text may become: all special ones, and the added ones that the template writes."""
+    """The tokens that text must not become: all special ones, and the added ones that the template writes."""
     added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special or str(t) in chat_template]
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
@@ -101,7 +101,7 @@ def variables(chat_template: str) -> set[str]:
     """The variables that a chat template reads.
 
     Raises:
-        ValueError: If it is no template.
+        ValueError: If it is not a template.
     """
     from jinja2 import Environment, TemplateError, meta
 
@@ -114,9 +114,9 @@ def variables(chat_template: str) -> set[str]:
 
 
 def _mark(tag: re.Match) -> str:
-    """Write where a response begins before the tag that says so, and where it ends behind the other.
+    """Mark where a response begins before the opening tag, and where it ends after the closing one.
 
-    Of the white space around them, the tags take away what they did before.
+    The tags remove the same white space around them as without the marks.
     """
     before, is_end, after = tag.groups()
     if is_end:
@@ -125,7 +125,7 @@ def _mark(tag: re.Match) -> str:
 
 
 def _hide(messages: list[dict[str, Any]], literals: list[str]) -> list[dict[str, Any]]:
-    """Replace each of the literals that stands in a text by two private characters."""
+    """Replace each of the literals in a text by two private characters."""
     pattern = re.compile("|".join(re.escape(token) for token in sorted(literals, key=len, reverse=True)))
     codes = {token: HIDDEN + chr(FIRST + number) for number, token in enumerate(literals)}
 
@@ -147,7 +147,7 @@ def _split(rendered: str, literals: list[str]) -> RenderedChat:
     """Split what a template wrote at the private characters.
 
     Raises:
-        ValueError: If what follows a private character is not what was put there.
+        ValueError: If a private character is not followed by what was put there.
     """
     pieces, spans, length, begin = [], [], 0, None
     for number, piece in enumerate(re.split(f"{HIDDEN}(.?)", rendered, flags=re.DOTALL)):
@@ -207,9 +207,9 @@ def _tokens(chat: RenderedChat, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 
 def _as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text in which no added token is looked for.
+    """The ids of a text in which added tokens stay text.
 
-    The tokenizer's own switch for it, `split_special_tokens`, is one for all threads, and knows special tokens only.
+    The tokenizer's own switch, `split_special_tokens`, is shared by all threads, and covers special tokens only.
     """
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is not None:

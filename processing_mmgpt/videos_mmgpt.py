@@ -1,4 +1,4 @@
-"""Opening videos: files of somebody else become a few frames, under the policy of `image_files_mmgpt`."""
+"""Open videos: a file becomes a few frames, under the policy of `image_files_mmgpt`."""
 
 import io
 import math
@@ -23,10 +23,10 @@ OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
 def open_video(
     source: str | os.PathLike | bytes, fps: float = 1.0, max_num_frames: int | None = None
 ) -> list[Image.Image]:
-    """Sample frames of a video at a given rate, wholly decoded.
+    """Sample and decode frames of a video at a given rate.
 
-    The k-th frame is the one that is shown `k / fps` seconds after the first. If these are more than `max_num_frames`,
-    so many are taken instead, at equal distances over the whole video. Flamingo takes 1 frame a second (section 3.1:
+    The k-th frame is the one shown `k / fps` seconds after the first. If these are more than `max_num_frames`, that
+    many are taken at equal distances over the whole video. Flamingo takes 1 frame a second (section 3.1:
     https://arxiv.org/abs/2204.14198).
 
     Args:
@@ -41,8 +41,8 @@ def open_video(
         FileNotFoundError: If there is no such file.
         ImportError: If PyAV is missing.
         TypeError: If `source` is something else.
-        ValueError: If it is no video, a damaged one or one cut short (if the container says how many frames it holds:
-            Matroska and MPEG-TS do not), one of too many or too large frames, or a remote address: nothing is
+        ValueError: If it is not a video, is damaged or cut short (where the container tells the number of its frames:
+            Matroska and MPEG-TS do not), has too many or too large frames, or is a remote address: nothing is
             fetched from a network.
     """
     try:
@@ -132,6 +132,6 @@ def _frames_at(frames: Iterator[Any], times: list[Fraction]) -> Iterator[Image.I
 
 
 def _upright(frame: Any) -> Image.Image:
-    """Turn a frame as its file says, as `exif_transpose` does a picture."""
+    """Rotate a frame by the tag of its file, as `exif_transpose` does with a picture."""
     image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -1,4 +1,4 @@
-"""The documentation: every block runs, every link inside resolves, the site builds without a warning.
+"""The documentation: every block runs, every link and path resolves, no diary, the site builds without a warning.
 
 Above a block, a comment may say that it does not run here, or only with the long checks:
 
@@ -33,9 +33,29 @@ from modeling_mmgpt.adapters_mmgpt import lora_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MORE = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
 FENCE = re.compile(
     r"^(?:<!-- (?P<mark>not run|long): (?P<why>[^\n]+) -->\n+)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
+COMMENT = re.compile(r"<!--.*?-->", re.S)
+DIARY = (  # what tells how the work went, and not how things are
+    *("(was|were) not (run|timed|measured|tried|at hand)", "not (run|timed|measured|tried) yet", "not yet been"),
+    *("by turns", "in (another|other|an earlier|one more|three more) runs?", "of commit", "for these cases alone"),
+    *("no command (here|of today)", "seen while", "learnt on the way", "(an|the) earlier (base|version|commit|page)"),
+    *(
+        "currently",
+        "now (takes|has|is|works)",
+        "ships now",
+        "used to (be|have|take|give|need)",
+        "until now",
+        "so far,",
+    ),
+    *("these days", "nowadays", "recently", "previously", "formerly", "at the moment", "no longer", "any more"),
+    *("measured anew", "work in progress", "todo"),
+)
+PATHS = re.compile(r"(?:examples|docs|tests|modeling_mmgpt|processing_mmgpt)/[\w./*-]*\w")
+MEASURED = re.compile(r"^\|.*(?<![\d.])\d+\.\d+(?![\d.]).*\|$", re.M)  # a row of a table with a figure
+SOURCE = re.compile(r"\b(pytest|python|accelerate launch) |tests/results/")
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
 BADGE = re.compile(r"img\.shields\.io/badge/(\w+)-(\S+)-blue")
 COMMANDS = ("python ", "accelerate ", "pytest", "pip ", ". ")
@@ -43,10 +63,7 @@ STAND_INS = ("few_shot.md", "video.md")  # pages whose blocks go on from a model
 README = {
     "pip install": "`.ci/run` runs the test command, and `pytest -m bars tests/test_examples.py` the quickstart",
     "SmolLM2": "downloads a vision tower and a language model",
-    "build_base": "takes a GPU",
-    "--yes": "uploads; your_data.md stages alone",
-    "chat_app.py": "waits for questions; tests/test_chat.py and test_show_attention.py run all three",
-    "serve.py": "waits for requests; tests/test_serving.py runs it",
+    "serve.py": "waits for requests and questions; your_data.md runs the rest of it",
 }
 
 
@@ -149,9 +166,61 @@ def test_every_block_of_python_runs(root, page):
 @pytest.mark.parametrize("page", with_any("python", "bash"))
 def test_every_block_runs(root, page):
     run(page, with_long=True)
+    if page.name == "your_data.md":
+        assert replies_to(root / "my_data", "outputs/my_adapter") == [
+            "green",
+            "green",
+            "red",
+            "green",
+            "blue",
+            "green",
+        ]
+
+
+def replies_to(folder: Path, adapter: str) -> list[str]:
+    """What the adapter says of the pictures of a page."""
+    model = AutoModelForImageTextToText.from_pretrained(adapter, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(adapter)
+    question = {"type": "text", "text": "What colour is the circle?"}
+    asked = [
+        [{"role": "user", "content": [{"type": "image", "path": str(p)}, question]}]
+        for p in sorted(folder.glob("*.png"))
+    ]
+    inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, add_generation_prompt=True)
+    ids = model.generate(**inputs, max_new_tokens=16)
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_the_readme_is_short_and_shows_python_early():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    assert lines.index("```python") < 50
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_keeps_a_diary(page):
+    text = COMMENT.sub("", page.read_text(encoding="utf-8"))
+    assert [match.group() for match in re.finditer(rf"\b({'|'.join(DIARY)})\b", text, re.I)] == []
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_tables_of_figures_name_what_prints_them(page):
+    """In the same section, or before the first."""
+    intro, *sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.M)
+    without = [
+        section.splitlines()[0] for section in sections if MEASURED.search(section) and not SOURCE.search(section)
+    ]
+    assert SOURCE.search(intro) or without == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *MORE], ids=lambda page: page.name)
+def test_every_path_of_the_repository_is_there(page):
+    named = set(re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")))
+    paths = {path for code in named for path in PATHS.findall(code)}
+    assert [path for path in paths if not list(ROOT.glob(path))] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *MORE], ids=lambda page: page.name)
 def test_every_link_inside_resolves(page):
     missing = []
     for target, anchor in LINK.findall(re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)):

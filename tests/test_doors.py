@@ -1,4 +1,4 @@
-"""Every way into a published adapter, merged model and base, with our packages and without: docs/doors.md."""
+"""Every way of loading a published adapter, merged model and base, with our packages and without: docs/loading.md."""
 
 import functools
 import subprocess
@@ -13,7 +13,7 @@ from transformers import AutoProcessor, BitsAndBytesConfig
 
 
 BASE = ROOT / "examples" / "tiny_world" / "base"
-PAGE = ROOT / "docs" / "doors.md"
+PAGE = ROOT / "docs" / "loading.md"
 DOORS = {
     "auto_model": "`AutoModel.from_pretrained`",
     "auto_model_for_image_text_to_text": "`AutoModelForImageTextToText.from_pretrained`",
@@ -102,9 +102,9 @@ def test_every_door_of_every_kind_gives_the_same_tokens(folders, make_adapter, s
 
 
 def write_page(right: dict[tuple[str, str, str], bool], cells: list[tuple[str, str]]) -> None:
-    """Put the table into docs/doors.md, between its two comments."""
+    """Put the table into docs/loading.md, between its two comments."""
     head = " | ".join(f"{kind}, {packages}" for kind, packages in cells)
-    rows = [f"| door | {head} |", "|---" * (1 + len(cells)) + "|"]
+    rows = [f"| way | {head} |", "|---" * (1 + len(cells)) + "|"]
     marks = {True: "same", False: "**other**", None: "-"}
     for door, name in DOORS.items():
         rows.append(" | ".join([f"| {name}", *(marks[right.get((door, *cell))] for cell in cells)]) + " |")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiles
 import torch
 from conftest import highest_by_chance
 from peft import LoraConfig
@@ -53,8 +54,8 @@ def asked(*content: dict, answer: str = "red") -> list[dict]:
 
 def test_two_programs_see_one_tiny_world():
     """Also where one of them lies in another folder."""
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import claims, quickstart, tiny_world.dialogue as world;"
-    code += "print(claims.Example is quickstart.Example is world.Example, [m for m in sys.modules if 'examples' in m])"
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import tiles, quickstart, tiny_world.evaluation as world;"
+    code += "print(tiles.evaluation is quickstart.evaluation is world, [m for m in sys.modules if 'examples' in m])"
     done = run("-c", code, "examples", "examples/measurements")
     assert done.stdout.split() == ["True", "[]"], done.stderr
 
@@ -74,11 +75,20 @@ def test_the_page_names_every_program_and_every_command_is_there():
     assert set(re.findall(r"examples/\w+(?:/\w+)?\.py", page)) == started
 
 
-@pytest.mark.parametrize("program", ["write_benchmarks.py", "measurements/claims.py", "measurements/in_context.py"])
+@pytest.mark.parametrize("program", ["write_benchmarks.py", "measurements/tiles.py", "measurements/in_context.py"])
 def test_a_program_starts_from_anywhere(program, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = run(ROOT / "examples" / program, "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage"), done.stderr
+
+
+def test_small_text_in_a_large_picture_is_whole_in_its_cell():
+    asked = example("reading", 0, 3, "test")
+    shown = tiles.views(asked, 3)
+    (large,), (cell,) = shown["whole, 144 x 144"], shown["the cell that holds the text"]
+    assert large.size == (144, 144) and len(shown["nine cells as nine images"]) == 9
+    assert cell.tobytes() == asked.images[0].tobytes()
+    assert [cell.tobytes() == other.tobytes() for other in shown["nine cells as nine images"]].count(True) == 1
 
 
 # generate.py

@@ -1,4 +1,4 @@
-"""The way of one record from a line of JSON to the loss: the files it enters are those that the README names."""
+"""The way of one record from a line of JSON to the loss: the files it enters are those that the page names."""
 
 import re
 import sys
@@ -31,7 +31,7 @@ def entered(run) -> set[str]:
     return files
 
 
-def test_the_readme_names_the_files_that_a_record_enters():
+def test_the_page_names_the_files_that_a_record_enters():
     model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32).train()
     processor = AutoProcessor.from_pretrained(BASE)
 
@@ -42,7 +42,7 @@ def test_the_readme_names_the_files_that_a_record_enters():
         assert model(**batch).loss.isfinite()
 
     files = entered(from_disk_to_loss)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    way = readme[readme.index("One record's way") : readme.index("## Beside its peers")]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    way = page[page.index("## The way of a record") : page.index("## Which file to open")]
     assert f"enters {len(files)} files" in way
     assert files == set(re.findall(r"`(\w+)`", way))

@@ -1,8 +1,8 @@
-"""What the base model is trained on: captions, look-ups, in-context sequences, lines of text, and no instruction.
+"""The training data of the base model: captions, look-ups, in-context sequences, lines of text, and no instruction.
 
-A document is a list of pieces of text, each with the word whether its tokens are learned, and the pictures of its
-`<image>` tokens in their order. A value stands on the line of its key or on a line of its own, next to it or behind a
-leader of dots: a base that finds its operands by their distance finds none in an instruction.
+A document is a list of pieces of text, each marked as learned or not, and the pictures of its `<image>` tokens in
+order. A value is on the line of its key or on a line of its own, next to it or after a leader of dots, so that a base
+does not find operands by their distance, which differs in an instruction.
 """
 
 import random
@@ -115,7 +115,7 @@ def dense_caption(rng: random.Random, shows: str = "objects") -> Document:
 def _scene_entries(rng: random.Random, scene: Scene) -> list[tuple[str, str]]:
     """Five or six keys with their values about a scene of objects, the two of a text.
 
-    No key stands twice, but for yes and no: to redraw those would leave more no's than yes's.
+    No key occurs twice, except for yes and no: redrawing those would leave more no's than yes's.
     """
     if scene.text:
         found = [look_up(rng, kind, scene) for kind in rng.sample(TEXT_KINDS, len(TEXT_KINDS))]

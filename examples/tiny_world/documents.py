@@ -1,4 +1,4 @@
-"""Documents of `corpus.py` as batches, and how much of them a base knows."""
+"""Documents of `corpus.py` as batches, and the share of them that a base knows."""
 
 import random
 import re
@@ -53,7 +53,7 @@ def encode(document: corpus.Document, processor: MMGPTProcessor) -> dict[str, li
 
 @dataclass
 class Collator:
-    """Pad ids and labels; the pictures of all rows stand in one list, so that none is padding."""
+    """Pad ids and labels; the pictures of all rows are in one list, so that none is padding."""
 
     pad_token_id: int
 
@@ -89,7 +89,7 @@ def forward(model: MMGPTForConditionalGeneration, batch: dict[str, torch.Tensor]
 
 @torch.no_grad()
 def probe(model, processor, count: int = 600) -> dict[str, float]:
-    """Share of values that are wholly right, by their keys, on documents that no phase has seen.
+    """Share of values that are wholly right, by key, on documents that no phase trains on.
 
     Teacher forcing, which for a single exact match is the same as greedy decoding.
     """
@@ -115,7 +115,7 @@ def probe(model, processor, count: int = 600) -> dict[str, float]:
 def _values(document: corpus.Document, hits: list[bool], processor: MMGPTProcessor) -> Iterator[tuple[str, bool]]:
     """Yield each value of a document: the form of its key, and whether its tokens were guessed, bar a line break.
 
-    A name is a value also where it is not learned, so that the shares are of all names.
+    A name counts as a value also where it is not learned, so the shares are of all names.
     """
     start, shots, key = 0, 0, ""
     for text, is_learned in document.pieces:

@@ -1,7 +1,7 @@
-"""Skills that need no picture: one function each, `(rng, split) -> Example`, and what of them is held out.
+"""Skills that need no picture: one function each, `(rng, split) -> Example`, and their held-out parts.
 
-About a tenth of all operands, numbers to sort and words to copy belong to the split "test", by a fixed hash. Of the
-facts, the base model is told all (`corpus.py`), but the questions of the split "train" ask for two nouns in three.
+About a tenth of all operands, numbers to sort and words to copy belong to the split "test", by a fixed hash. The
+base model is told all facts (`corpus.py`), but the questions of the split "train" ask for two nouns in three.
 """
 
 import random
@@ -95,7 +95,7 @@ def sums(rng: random.Random, split: str = "train") -> Example:
 
 
 def differences(rng: random.Random, split: str = "train") -> Example:
-    """Two numbers in 10..99, the smaller taken from the greater."""
+    """Two numbers in 10..99, the smaller subtracted from the greater."""
     a, b = _draw(rng, split, lambda: sorted((rng.randint(10, 99) for _ in range(2)), reverse=True))
     return _example(rng, "differences", a - b, a, b)
 
@@ -107,7 +107,7 @@ def sorting(rng: random.Random, split: str = "train") -> Example:
 
 
 def copying(rng: random.Random, split: str = "train") -> Example:
-    """Words, said again."""
+    """Words, repeated."""
     words = joined(draw_words(rng, split))
     return _example(rng, "copying", words, words)
 

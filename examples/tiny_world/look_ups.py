@@ -1,4 +1,4 @@
-"""Look-ups: what can be asked about a scene, with the one right answer, before it is put into words.
+"""Look-ups: what can be asked about a scene, with the one right answer, before it is worded.
 
 `questions.py` words a look-up as an instruction, `corpus.py` as a key and its value.
 """
@@ -30,7 +30,7 @@ class LookUp:
 
 
 def objects_named_alone(scene: Scene, kind: str) -> list[Object]:
-    """The objects that the words of a look-up of this kind, one of `NAMED_BY`, cannot mistake for another."""
+    """The objects that a look-up of this kind, one of `NAMED_BY`, names without ambiguity."""
     names = [tuple(getattr(o, attribute) for attribute in NAMED_BY[kind]) for o in scene.objects]
     return [o for o, name in zip(scene.objects, names, strict=True) if names.count(name) == 1]
 
@@ -41,7 +41,7 @@ def named_look_up(kind: str, o: Object) -> LookUp:
 
 
 def _count_colour(rng: random.Random, scene: Scene) -> LookUp:
-    """Of the numbers that a colour has in this scene, great ones, which are rare, are drawn more often."""
+    """Count a colour; large counts, which are rare, are drawn more often."""
     shown = [o.colour for o in scene.objects]
     numbers = sorted({shown.count(colour) for colour in COLOURS})
     (number,) = rng.choices(numbers, [n + 1 for n in numbers])
@@ -50,7 +50,7 @@ def _count_colour(rng: random.Random, scene: Scene) -> LookUp:
 
 
 def _yes_no(rng: random.Random, scene: Scene) -> LookUp:
-    """Half yes, half no; a no asks for a colour and a shape that are both there, but not together, if it can.
+    """Half yes, half no; a no asks, if possible, for a colour and a shape that are both there, but not together.
 
     Where it cannot (a single object, say), one of the two is there. Unseen pairs are never asked for.
     """
@@ -76,7 +76,7 @@ def look_up(rng: random.Random, kind: str, scene: Scene, pair: Pair | None = Non
         pair: Colour and shape of the object to ask about, for the kinds of `NAMED_BY`.
 
     Returns:
-        The look-up, or None if the scene has no object that can be asked for without doubt.
+        The look-up, or None if the scene has no object that can be named without ambiguity.
     """
     match kind:
         case "count":

@@ -38,7 +38,7 @@ def example(skill: str, seed: int, index: int, split: str = "train") -> Example:
     return SKILLS[skill](random.Random(f"{split} {skill} {seed} {index}"), split)
 
 
-def mixture(seed: int, index: int, split: str = "train", shares: dict[str, float] = MIXTURE) -> Example:
+def mixture(seed: int, index: int, split: str = "train") -> Example:
     """Example `index` of the mixture; the seed gives another sequence of the same shares."""
-    (skill,) = random.Random(f"mixture {split} {seed} {index}").choices(list(shares), shares.values())
+    (skill,) = random.Random(f"mixture {split} {seed} {index}").choices(list(MIXTURE), MIXTURE.values())
     return example(skill, seed, index, split)

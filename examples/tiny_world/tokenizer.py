@@ -2,7 +2,7 @@ r"""The tokenizer of the tiny world: one id a word, the same in every place of a
 
 A Unigram model with equal scores takes the fewest pieces. Each word of the world is a piece with its leading space,
 written "▁", and a line starts with such a space too, so "\nred" and " red" end in the same id. Digits and characters
-are never merged. What is no word of the world falls apart into characters, and beyond ASCII into bytes.
+are never merged. Other words are split into characters, and beyond ASCII into bytes.
 """
 
 import re
@@ -65,7 +65,7 @@ def _pieces() -> list[str]:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer, without `<image>` and `<|endofchunk|>`, which the processor adds.
 
-    Any text comes back from its ids, but for white space next to line breaks.
+    Any text is restored from its ids, except for white space next to line breaks.
     """
     pieces = _pieces()
     tokenizer = Tokenizer(

@@ -1,1 +1,1 @@
-"""What [`modeling_mmgpt.converting_mmgpt`] needs: old files, old names, and what of a model can be read off both."""
+"""Parts of [`modeling_mmgpt.converting_mmgpt`]: old files, old names, and the sizes of a model that they tell."""

@@ -1,4 +1,4 @@
-"""Whether old weights fit a model: every one of them has its place, and none is wanting."""
+"""Whether old weights fit a model: every weight has its place, and none is missing."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from .names import is_redundant, name_of, old_name
 
 
 def resampler_sizes(found: dict) -> dict[str, int]:
-    """Read off the checkpoint what its shapes tell of the resampler; heads are not among it."""
+    """Read the sizes of the resampler off the shapes of the checkpoint, which do not tell the number of heads."""
     shapes = _shapes(found, "model.resampler.")
     num_latents, width = matrix_shape(found, "model.resampler.latents")
     layers = [int(key.split(".")[1]) for key in shapes if key.startswith("layers.")]
@@ -26,7 +26,7 @@ def resampler_sizes(found: dict) -> dict[str, int]:
 
 
 def block_sizes(found: dict) -> dict[str, int]:
-    """Likewise of the gated blocks."""
+    """Read the sizes of the gated blocks in the same way."""
     up = next((name for name in found if name.endswith("gated_cross_attn_layer.ff.1.weight")), None)
     if up is None:
         return {}
@@ -49,7 +49,7 @@ def _shapes(found: dict, prefix: str) -> dict[str, torch.Size]:
 
 
 def fill(model: MMGPTForConditionalGeneration, found: dict, path: str | os.PathLike) -> None:
-    """Copy the weights into the model, if every one of them has its place and none is wanting.
+    """Copy the weights into the model, if every weight has its place and none is missing.
 
     Required are the resampler, the gated blocks and the input embedding; the LM's and the tower's own weights are laid
     over those of their files where the checkpoint has them.
@@ -77,7 +77,7 @@ def fill(model: MMGPTForConditionalGeneration, found: dict, path: str | os.PathL
 
 
 def check_lora(found: dict, model: MMGPTForConditionalGeneration, path: str | os.PathLike) -> tuple[str, int]:
-    """Look whether a LoRA fits the base.
+    """Check that a LoRA fits the base.
 
     Returns:
         The pattern of `target_modules`, which matches exactly the adapted modules, and the rank.
@@ -102,7 +102,7 @@ def check_lora(found: dict, model: MMGPTForConditionalGeneration, path: str | os
 
 
 def _target_pattern(names: set[str]) -> str:
-    """Match modules by what they are called in their layer, as [`~modeling_mmgpt.adapters_mmgpt.lora_config`]."""
+    """Match modules by their names inside a layer, as [`~modeling_mmgpt.adapters_mmgpt.lora_config`]."""
     targets = {re.sub(r"^.*?\.\d+\.", "", name) for name in names}
     return rf"model\.text_model\..*\.({'|'.join(re.escape(target) for target in sorted(targets))})"
 

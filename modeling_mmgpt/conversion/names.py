@@ -1,6 +1,6 @@
 """The names that weights have in old files, and those they have here.
 
-The old ones are made by
+The old names come from
 https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/src/flamingo.py,
 https://github.com/open-mmlab/Multimodal-GPT/blob/main/mmgpt/train/train_utils.py.
 """
@@ -43,10 +43,10 @@ def rename(weights: dict[str, torch.Tensor], text_model: PreTrainedModel) -> dic
     """Give every weight its new name.
 
     Returns:
-        New name -> old name and tensor. Aliases and tied weights meet under one name.
+        New name -> old name and tensor. Aliases and tied weights have one name.
 
     Raises:
-        ValueError: If two that meet differ.
+        ValueError: If two weights of one name differ.
     """
     layers = name_of(text_model, decoder_layers(text_model))
     head = name_of(text_model, text_model.get_output_embeddings())
@@ -67,7 +67,7 @@ def rename(weights: dict[str, torch.Tensor], text_model: PreTrainedModel) -> dic
 
 
 def _enter(found: dict[str, tuple[str, torch.Tensor]], name: str, old: str, tensor: torch.Tensor) -> None:
-    """Enter a weight; a second one of the same name has to be equal to the first."""
+    """Add a weight; a second one of the same name has to equal the first."""
     other, first = found.setdefault(name, (old, tensor))
     same = first.data_ptr() == tensor.data_ptr() and first.shape == tensor.shape
     if not same and not torch.equal(first, tensor):
@@ -75,10 +75,10 @@ def _enter(found: dict[str, tuple[str, torch.Tensor]], name: str, old: str, tens
 
 
 def add_head(found: dict[str, tuple[str, torch.Tensor]], path: str | os.PathLike, text_model: PreTrainedModel) -> None:
-    """Enter the LM head of a file of its own, one tensor `(V, D)`.
+    """Add the LM head from a file of its own, one tensor `(V, D)`.
 
     Raises:
-        ValueError: If the file holds more than that, or another head than the checkpoint.
+        ValueError: If the file holds more than that, or a head that differs from the checkpoint's.
     """
     head, _ = read_weights(path)
     if len(head) != 1:
@@ -96,11 +96,11 @@ def name_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
 
 
 def old_name(name: str) -> str:
-    """Put a new name back as it is in a flat checkpoint."""
+    """The name of a weight in a flat checkpoint."""
     return name.replace("model.resampler.", "perceiver.").replace("model.text_model.", "lang_encoder.")
 
 
 def is_redundant(name: str, layers: set[str]) -> bool:
-    """Whether a weight may be left; a layer's, only if the model has that layer."""
+    """Whether a weight may be left out; that of a layer only if the model has the layer."""
     layer, found, _ = name.partition(".decoder_layer.")
     return any(re.search(pattern, name) for pattern in REDUNDANT) and (not found or layer in layers)

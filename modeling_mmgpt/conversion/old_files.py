@@ -1,4 +1,4 @@
-"""Reading the files of old checkpoints: tensors, and nothing that could run. Not part of the remote code."""
+"""Read the files of old checkpoints: tensors, and nothing that could run. Not part of the remote code."""
 
 import os
 import zipfile
@@ -15,14 +15,14 @@ BESIDE_WEIGHTS = {"epoch", "optimizer_state_dict", "lr_scheduler_state_dict", "t
 
 
 class _ConfigDict:
-    """Stands for `mmengine.config.config.ConfigDict` in a pickle: an ordered dict, whatever it is made from."""
+    """Replaces `mmengine.config.config.ConfigDict` in a pickle: an ordered dict, whatever it is made from."""
 
     def __new__(cls, *items):
         return OrderedDict(items)
 
 
 class _Config:
-    """Stands for `mmengine.config.config.Config` in a pickle: keeps its first piece of state, does nothing."""
+    """Replaces `mmengine.config.config.Config` in a pickle: keeps its first piece of state, does nothing."""
 
     def __setstate__(self, state: tuple):
         self.fields = state[0]
@@ -62,9 +62,9 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
 
 
 def _check_zip(path: str | os.PathLike) -> None:
-    """Raise on a zip with packed records: torch writes none, maps what is there, and would take it for numbers.
+    """Raise on a zip with compressed records: torch writes none, maps the bytes, and would read them as numbers.
 
-    Records that hold no numbers are read, which compares their checksums.
+    Records that hold no numbers are read, which checks their checksums.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
@@ -100,7 +100,7 @@ def _unwrap(contents: object, path: str | os.PathLike) -> tuple[dict[str, torch.
 
 
 def _settings(found: object, path: str | os.PathLike) -> dict:
-    """Take the LoRA's settings out of what a training noted down: the outer config, or the inner one."""
+    """Take the LoRA's settings out of the config of a training, the outer one or the inner one."""
     settings = getattr(found, "fields", found) or {}
     settings = settings.get("tuning_config", settings) if isinstance(settings, dict) else settings
     if not isinstance(settings, dict):
@@ -109,7 +109,7 @@ def _settings(found: object, path: str | os.PathLike) -> dict:
 
 
 def _check_tensors(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Raise on what a file says of a tensor and its bytes do not bear out, and on what no good training saves."""
+    """Raise on tensors that do not match the bytes of the file, and on numbers that are not finite."""
     odd = [key for key, value in weights.items() if not _is_plain(value)]
     if odd:
         raise ValueError(
@@ -134,9 +134,9 @@ def _is_plain(value: torch.Tensor) -> bool:
 
 
 def _check_records(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Raise on numbers that are no record of the zip as it was written, by its size and checksum.
+    """Raise on numbers whose record in the zip has a wrong size or checksum.
 
-    torch compares no checksum, and a map goes on behind the end of a record that is shorter than its tensor.
+    torch checks neither: a map would read past the end of a record that is shorter than its tensor.
     """
     with zipfile.ZipFile(path) as file:
         records = {(record.file_size, record.CRC) for record in file.infolist()}

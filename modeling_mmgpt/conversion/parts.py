@@ -1,4 +1,4 @@
-"""The language model and the vision tower that an old checkpoint was trained on."""
+"""The language model and the vision tower of an old checkpoint."""
 
 import os
 from pathlib import Path
@@ -33,10 +33,10 @@ MPT_FIXED = {
 
 
 def load_language_model(language_model: str | os.PathLike, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load the LM, every weight of it: transformers would draw those that its files lack, and warn.
+    """Load the LM with all its weights; transformers alone would draw missing ones at random, and warn.
 
     Raises:
-        ValueError: If files and config do not fit each other, or if it is an MPT that transformers cannot express.
+        ValueError: If files and config do not fit, or if it is an MPT that transformers cannot express.
     """
     _reject_mpt(language_model)
     try:
@@ -56,7 +56,7 @@ def load_language_model(language_model: str | os.PathLike, dtype: torch.dtype | 
 
 
 def _reject_mpt(language_model: str | os.PathLike) -> None:
-    """Raise by name on what transformers' MPT would silently compute otherwise."""
+    """Raise on the fields of an MPT that transformers would silently compute in another way."""
     config, _ = PreTrainedConfig.get_config_dict(language_model)
     if config.get("model_type") not in ("mpt", "mosaic_gpt"):
         return
@@ -68,7 +68,7 @@ def _reject_mpt(language_model: str | os.PathLike) -> None:
 
 
 def resize_vocabulary(text_model: PreTrainedModel, found: dict, ids: dict[str, int | None]) -> None:
-    """Give the LM the rows of the checkpoint's embedding; new rows of a head that is not in it become the mean."""
+    """Resize the LM to the checkpoint's vocabulary; new rows of a head that it does not hold become the mean."""
     name = f"model.text_model.{name_of(text_model, text_model.get_input_embeddings())}.weight"
     if name not in found:
         given = [old for old, _ in found.values() if "lang_encoder" in old]

@@ -1,1 +1,1 @@
-"""Files and folders that are whole or not there, and hold no secret."""
+"""Files and folders that are complete or absent, and hold no secret."""

@@ -1,4 +1,4 @@
-"""Whether a folder that is to be published holds a secret, or a path of this machine."""
+"""Find secrets and local paths in a folder that is to be published."""
 
 import json
 import re
@@ -30,17 +30,17 @@ SECRETS = {
 
 
 def check_folder(folder: Path, places: Iterable[Path]) -> None:
-    """Look at all that lies in a folder, names and contents, and let no secret out, and no path of this machine.
+    """Check names and contents of all files in a folder for secrets and for paths of this machine.
 
-    Of weights it is the header that is looked at: safetensors opens no file with bytes that are of no tensor.
+    Of weights the header is checked: safetensors opens no file with bytes that belong to no tensor.
 
     Args:
         folder: Files, and no folders.
-        places: Folders of this machine; a path that leads through one of them is an error. `/` is none.
+        places: Folders of this machine; a path through one of them is an error. `/` does not count.
 
     Raises:
-        ValueError: If there is one; the file and the kind are named, the secret is not.
-        SafetensorError: If weights are damaged, or bytes stand behind them.
+        ValueError: If there is one. The message names the file and the kind, not the secret.
+        SafetensorError: If weights are damaged, or followed by other bytes.
     """
     here = [re.escape(str(place)) + r"[/\\]\w" for place in places if len(place.parts) > 1]
     for number, file in enumerate(sorted(folder.iterdir())):
@@ -52,14 +52,14 @@ def check_folder(folder: Path, places: Iterable[Path]) -> None:
 
 
 def check_text(name: str, text: str) -> None:
-    """Let no secret out.
+    """Check a text for secrets.
 
     Args:
         name: What to call the text.
-        text: What is looked at.
+        text: The text to check.
 
     Raises:
-        ValueError: If it holds one. The message says of which kind, and not which.
+        ValueError: If it holds one. The message names the kind, not the secret.
     """
     for kind, pattern in SECRETS.items():
         if re.search(pattern, text):
@@ -67,7 +67,7 @@ def check_text(name: str, text: str) -> None:
 
 
 def _text(file: Path) -> str:
-    """What there is to read in a file; of JSON also each string as it is without its escapes."""
+    """The text of a file; of JSON also each string without its escapes."""
     if file.suffix == ".safetensors":
         with safe_open(file, "np"), file.open("rb") as opened:
             text = opened.read(int.from_bytes(opened.read(8), "little")).decode()

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are complete or absent."""
 
 import os
 import tempfile
@@ -9,14 +9,14 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Write a file or a folder that takes its name only when all of it is written, and else disappears.
+    """Write a file or a folder that takes its name only when all of it is written, and is removed otherwise.
 
         with whole("scores.json") as unfinished:
             unfinished.write_text("{}")
         with whole("outputs/model") as unfinished:
             model.save_pretrained(unfinished)
 
-    A file takes the place of the one that was there. A folder takes none but that of an empty one.
+    A file replaces an existing one. A folder replaces an empty one only.
 
     Args:
         path: The name to take. Folders above it are made.
@@ -25,7 +25,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         A free name on the same disk, for the file or the folder to be written by.
 
     Raises:
-        OSError: If `path` is a folder that holds something; what is in it stays.
+        OSError: If `path` is a folder that is not empty; it stays as it is.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +36,10 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_free(path: str | os.PathLike) -> None:
-    """Look, before a long work, whether its folder can be made.
+    """Check before long work that its output folder can be made.
 
     Raises:
-        FileExistsError: If a file stands there, or a folder that holds something.
+        FileExistsError: If it is a file, or a folder that is not empty.
     """
     if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
         raise FileExistsError(f"{path} exists already: give a new folder.")

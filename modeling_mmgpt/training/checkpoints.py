@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or passed over, in a folder that one run has for itself."""
+"""Checkpoints that are complete or skipped, in a folder that belongs to one run."""
 
 import hashlib
 import json
@@ -23,18 +23,18 @@ COMPLETE = "complete.json"  # in a checkpoint: size and SHA-256 of each of its f
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Confirms a checkpoint when all of it is on the disk, and only then deletes older ones.
+    """Confirm a checkpoint when all of it is on the disk, and only then delete older ones.
 
-    The Trainer of transformers writes `checkpoint-N` file by file, and rotates by the clock before all is on the disk.
-    Use it with [`last_checkpoint`]:
+    The Trainer of transformers writes `checkpoint-N` file by file, and deletes old ones by the clock before all is
+    on the disk. Use it with [`last_checkpoint`]:
 
         trainer = Trainer(..., args=args, callbacks=[WholeCheckpoints(args, data)])
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
 
     Args:
-        args: The Trainer's arguments. Their `save_total_limit` is taken over, and is `None` from then on.
-        data: The files that the run learns from. A checkpoint remembers them; going on from it warns of each that is
-            another one now.
+        args: The Trainer's arguments. Their `save_total_limit` is taken over and set to `None`.
+        data: The files that the run learns from. A checkpoint remembers them; a resume warns of each that has
+            changed.
     """
 
     def __init__(self, args: TrainingArguments, data: Iterable[str | os.PathLike] = ()):
@@ -42,7 +42,7 @@ class WholeCheckpoints(TrainerCallback):
         self.data = [Path(path) for path in data]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Warn of data that have changed since the checkpoint that the run goes on from."""
+        """Warn of data that have changed since the checkpoint that the run resumes from."""
         if not args.should_save:
             return
         self.data_sums = {str(path): _sums(path) for path in self.data}
@@ -72,31 +72,31 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """Find the last whole checkpoint of a run with [`WholeCheckpoints`]; `None` if there is none yet.
+    """Find the last complete checkpoint of a run with [`WholeCheckpoints`]; `None` if there is none.
 
-    Later ones that were cut off or have been damaged are passed over, with a warning that says why. All processes have
-    to call this, and get what the main one finds.
+    Later ones that are cut off or damaged are skipped, with a warning that says why. All processes have to call this,
+    and get what the main one finds.
 
     Args:
         output_dir: The folder that the run writes into.
 
     Raises:
-        ValueError: If there were whole ones, and all of them are damaged.
+        ValueError: If there are checkpoints and all are damaged.
     """
     return _by_main_process(_find_last, Path(output_dir))
 
 
 @contextmanager
 def one_run(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Keep an output folder for one run, whatever the number of its processes, until the block ends or they do.
+    """Reserve an output folder for one run, of any number of processes, until the block or the processes end.
 
-    If a worker that reads data dies in the block, its error gets a note that says what may have happened.
+    If a worker that reads data dies in the block, its error gets a note on the likely cause.
 
     Args:
-        output_dir: The folder; it is made if need be. A file `.lock` stays in it.
+        output_dir: The folder, made if it does not exist. A file `.lock` stays in it.
 
     Raises:
-        OSError: If another run has it, or nothing can be written into it.
+        OSError: If another run has it, or it cannot be written to.
     """
     lock = FileLock(Path(output_dir, ".lock"), timeout=0)
     _by_main_process(_acquire, lock)
@@ -115,7 +115,7 @@ def one_run(output_dir: str | os.PathLike) -> Iterator[None]:
 
 
 def _by_main_process(function: Callable, *given: object) -> object:
-    """Call a function on the main process, and give what it returns, or raises, to all."""
+    """Call a function on the main process, and return its result, or raise its error, on all."""
     said = [None, None]
     if PartialState().is_main_process:
         try:
@@ -146,7 +146,7 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the last step first."""
+    """The checkpoints in a folder, complete or not, the last step first."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _step(path) is not None]
     return sorted(found, key=_step, reverse=True)
 
@@ -175,7 +175,7 @@ def _find_last(output_dir: Path) -> str | None:
 
 
 def _problem(checkpoint: Path) -> str | None:
-    """Say why a checkpoint is not whole; `None` if it is."""
+    """Say why a checkpoint is not complete; `None` if it is."""
     try:
         kept = json.loads((checkpoint / COMPLETE).read_text())["files"]
     except FileNotFoundError:
@@ -205,15 +205,15 @@ def _say(sums: dict[str, int | str] | None) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file to the disk, for a machine that dies with the process."""
+    """Flush a file to the disk, in case the machine fails with the process."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def _rotate(newest: Path, best: str | None, limit: int | None) -> None:
-    """Keep so many whole checkpoints, by their steps: the newest, the best, and the ones before; all without a limit.
+    """Keep the best checkpoint and the newest ones up to the limit, by their steps; all without a limit.
 
-    Those of later steps belong to an earlier run, before whose end this one has begun anew: they are not gone on from.
+    Those of later steps belong to an abandoned run and are not continued.
     """
     others = [path for path in _checkpoints(newest.parent) if path != newest]
     for path in others:

@@ -1,4 +1,4 @@
-"""Training that does not fail in silence: a step whose gradients are not finite changes nothing, and is told."""
+"""Training that does not fail silently: a step whose gradients are not finite changes nothing and is logged."""
 
 from typing import Any
 
@@ -12,20 +12,20 @@ logger = logging.get_logger(__name__)
 
 
 class FiniteSteps:
-    """Skips a step whose gradients are not finite, says which they are, and ends the run after a few in a row.
+    """Skip a step whose gradients are not finite, log which they are, and end the run after a few in a row.
 
-    To be mixed into a Trainer of transformers or TRL: `class MyTrainer(FiniteSteps, Trainer): ...`.
+    Mix it into a Trainer of transformers or TRL: `class MyTrainer(FiniteSteps, Trainer): ...`.
 
-    It looks once a step, before gradients are clipped, for clipping would spread one NaN over all of them. A step that
-    is skipped leaves weights and optimizer as they are, on all processes, since they hold the same sums of gradients.
+    It checks once a step, before gradients are clipped, because clipping would spread one NaN over all of them. A
+    skipped step leaves weights and optimizer unchanged, on all processes, since they hold the same sums of gradients.
     Its loss is logged as it is, and counts as 0 in the average that the Trainer logs. In float16 the gradient scaler
-    skips steps by itself, and under DeepSpeed there are no gradients to look at: both are left alone.
+    skips steps by itself, and under DeepSpeed there are no gradients to check: both are left alone.
 
     Attributes:
-        patience: So many steps in a row end the run.
-        skipped: How many steps were skipped.
-        skipped_in_a_row: How many of them before this one.
-        loss_of_step: The loss of the step so far, of which gradients may be accumulated over several batches.
+        patience: Number of steps in a row that end the run.
+        skipped: Number of skipped steps.
+        skipped_in_a_row: Number of skipped steps right before this one.
+        loss_of_step: The loss of the step up to here; its gradients may be accumulated over several batches.
     """
 
     patience = 5
@@ -34,7 +34,7 @@ class FiniteSteps:
     loss_of_step: torch.Tensor | float = 0.0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any] | list, *args, **kwargs) -> torch.Tensor:
-        """Compute gradients, and take them away if they are not finite.
+        """Compute gradients, and remove them if they are not finite.
 
         Raises:
             FloatingPointError: If a weight is not finite, or `patience` steps in a row are skipped.
@@ -86,15 +86,15 @@ class FiniteSteps:
 
 
 def is_finite(*tensors: torch.Tensor) -> bool:
-    """Whether all numbers of tensors are finite; of sharded ones, on all processes. Integers are."""
+    """Whether all numbers of tensors are finite; of sharded ones, on all processes. Integers are finite."""
     norm = nn.utils.get_total_norm([tensor for tensor in tensors if tensor.is_floating_point()])
     return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
 
 
 def avoid_cudnn_attention() -> None:
-    """Have torch's attention run without cuDNN, process-wide, for its backward pass can give NaN.
+    """Make torch's attention run without cuDNN, process-wide, because its backward pass can give NaN.
 
-    So it does on Hopper GPUs since torch 2.11, in half precision, under a mask, with 64, 192, 320... keys: a row of 64
+    It does on Hopper GPUs since torch 2.11, in half precision, under a mask, with 64, 192, 320... keys: a row of 64
     tokens, or three pictures of 64 latents. https://github.com/pytorch/pytorch/issues/196678
     """
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,4 +1,4 @@
-"""Pictures turned into latents once, where tower and resampler are frozen."""
+"""Turn pictures into latents once, where tower and resampler are frozen."""
 
 import hashlib
 from collections.abc import Callable
@@ -18,18 +18,18 @@ LATENTS_FORMAT = 1
 
 
 def frozen_encoder(model: nn.Module, accelerator: Accelerator) -> tuple[Callable[..., torch.Tensor], str]:
-    """Make the function that turns pictures into latents in a training step, for latents that are kept.
+    """Make the function that turns pictures into latents as a training step does, to store them.
 
     Args:
         model: The model that is trained, bare or with an adapter, before anything shards it.
         accelerator: The Trainer's.
 
     Returns:
-        [`MMGPTModel.encode_images`] in the arithmetic of a step, and a hash of all it depends on.
+        [`MMGPTModel.encode_images`] in the arithmetic of a step, and a hash of all that it depends on.
 
     Raises:
         ValueError: If latents change from step to step: tower or resampler are trained, have an adapter, or draw
-            random numbers; if they depend on the place in the row; or if DeepSpeed ZeRO-3 has taken the weights apart.
+            random numbers; if they depend on the place in the row; or if DeepSpeed ZeRO-3 shards the weights.
     """
     model = next(module for module in model.modules() if isinstance(module, MMGPTModel))
     parts = {"vision_tower": model.vision_tower, "resampler": model.resampler}
@@ -63,7 +63,7 @@ def frozen_encoder(model: nn.Module, accelerator: Accelerator) -> tuple[Callable
 
 
 def _fingerprint(model: MMGPTModel, parts: dict[str, nn.Module], dtype: torch.dtype) -> str:
-    """Hash all that latents depend on: the way they are made, sizes, weights, and the data type that they have."""
+    """Hash all that latents depend on: the version of their computation, sizes, weights and data type."""
     sizes = f"{LATENTS_FORMAT} {model.config.vision_config.to_json_string()} {model.config.resampler} {dtype}"
     digest = hashlib.sha256(sizes.encode())
     for part in parts.values():

@@ -1,4 +1,4 @@
-"""Which weights learn, and which decay."""
+"""Which weights decay, and which rows are trained."""
 
 import torch
 from torch import nn
@@ -10,8 +10,8 @@ from ..cross_attention_mmgpt import MMGPTGatedCrossAttentionBlock
 def decayed_weights(model: nn.Module) -> list[str]:
     """Name the parameters that weight decay is for: the matrices of the gated blocks, and LoRA on them.
 
-    So OpenFlamingo and Multimodal-GPT mean it (`--weight_decay 0.1`): a gate, a norm or a bias has no business near
-    zero, and the resampler, embedding rows and LoRA on the LM's own layers get none either.
+    This is what OpenFlamingo and Multimodal-GPT intend (`--weight_decay 0.1`): gates, norms and biases do not decay,
+    and neither do the resampler, embedding rows and LoRA on the LM's own layers.
     https://github.com/mlfoundations/open_flamingo/blob/v2.0.1/open_flamingo/train/train.py, `get_grouped_params`
 
     Args:

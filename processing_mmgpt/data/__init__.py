@@ -1,1 +1,1 @@
-"""Other people's annotations to the batches of a training. Nothing in here travels to the Hub."""
+"""Annotations to the batches of a training. Nothing in here travels to the Hub."""

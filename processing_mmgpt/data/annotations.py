@@ -1,4 +1,4 @@
-"""Annotation files: how a file of somebody else becomes records, and what is wrong with one."""
+"""Annotation files: how a file becomes records, and what is wrong with one."""
 
 import codecs
 import functools
@@ -28,11 +28,11 @@ CHUNK = 2**20  # characters of a list that are read at once
 
 
 def read_record(record: Any, reader: str, root: str | None, rng: random.Random) -> dict[str, list]:
-    """Read an annotation record: the one way from a record of somebody else to pictures that are opened.
+    """Read an annotation record; every picture that is opened comes from here.
 
     Args:
         record: The record.
-        reader: A name of `READERS`, or `"messages"` for one in our form already.
+        reader: A name of `READERS`, or `"messages"` for one in our form.
         root: The folder of its pictures.
         rng: What the reader draws from.
 

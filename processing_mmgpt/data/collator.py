@@ -1,4 +1,4 @@
-"""The collator: conversations to a batch with labels. It owns what is learnt from."""
+"""The collator: conversations to a batch with labels. It decides what is learnt."""
 
 import hashlib
 import itertools
@@ -19,7 +19,7 @@ IGNORED = -100
 
 
 class NothingToLearnError(ValueError):
-    """A conversation has no response, or none that `max_length` leaves whole."""
+    """A conversation has no response, or none that fits into `max_length`."""
 
 
 @dataclass
@@ -27,7 +27,7 @@ class MMGPTCollator:
     """Turn records `{"messages": [...], "images": [...]}` into what the model takes.
 
     Labels are the responses of every assistant turn and their end tokens; all else is -100. Rows with pictures and
-    rows without stand in one batch. A conversation that is too long is cut at the end of a turn, and loses exactly
+    rows without may be in one batch. A conversation that is too long is cut at the end of a turn, and loses exactly
     the pictures of the turns that are cut.
 
     With `packing`, a row holds as many conversations as fit into `max_length` tokens, and `document_index` says which
@@ -42,7 +42,7 @@ class MMGPTCollator:
             [`~processing_mmgpt.data.skip_log.count_skips`] counts; `None` to raise.
         pad_to_multiple_of: Pad the batch to a multiple of this number of tokens.
         placeholder_image: Give a batch without any image a zero one, which no token attends to. Training sharded over
-            processes (FSDP, ZeRO-3) needs it, since all of them have to touch the same parameters. Where records bring
+            processes (FSDP, ZeRO-3) needs it, since all of them have to touch the same parameters. Where records hold
             latents, the [`~processing_mmgpt.messages_mmgpt.Latents`] that stand for it.
         template: Arguments of [`MMGPTProcessor.encode_chat`], such as another `chat_template` with its variables. With
             `max_length`, the template has to write an exchange in the same way whatever follows.
@@ -123,7 +123,7 @@ class MMGPTCollator:
 
         Raises:
             NothingToLearnError: If nothing is left to learn from.
-            ValueError: If its pictures do not fit, or it is no record.
+            ValueError: If its pictures do not fit, or it is not a record.
         """
         if record.get("messages") is None:
             raise ValueError(
@@ -146,7 +146,7 @@ class MMGPTCollator:
         return kept
 
     def _check_template(self) -> None:
-        """Raise unless what the template writes of an exchange is the same whatever follows: else it cannot be cut."""
+        """Raise unless the template writes an exchange in the same way whatever follows: else it cannot be cut."""
         exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         once, twice = (self.processor.encode_chat(exchange * count, **self.template) for count in (1, 2))
         if twice.cut(len(twice.input_ids) - 1, self.processor.image_token_id) != once:

@@ -1,4 +1,4 @@
-"""Confining: what a record of somebody else brings as a picture or a video stays below the root of its pictures."""
+"""Confine the pictures and videos of a record to the folder of its pictures."""
 
 import os
 import re
@@ -19,10 +19,10 @@ def confine(image: Any, root: str | None) -> Any:
     Args:
         image: A path, a data URL, the bytes of a file, a picture of `datasets` that is not decoded; a list of these,
             the frames of a video; or a `Video` of one of them.
-        root: The folder; `None` if there is none, and no path may be.
+        root: The folder; `None` to refuse all paths.
 
     Returns:
-        The same as a path below `root` for certain, a data URL or bytes; a list of these; or a `Video` of one.
+        A path that is surely below `root`, a data URL or bytes; a list of these; or a `Video` of one.
 
     Raises:
         ValueError: If it is something else, or if a path leaves `root`, as "reason: details".
@@ -55,7 +55,7 @@ def _bytes(data: Any) -> bytes:
 def confined(root: str, path: str) -> str:
     """Join the path of a picture to its root.
 
-    Links are followed each time anew. Whoever may write below the root can still put one there between this and the
+    Links are resolved at each call. Whoever may write below the root can still put one there between this and the
     opening of the file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is kept: tables in the cache of `datasets`, which processes and runs share, used only as they were written."""
+"""Stored tables in the cache of `datasets`, shared by processes and runs, and used only if unchanged."""
 
 import hashlib
 import io
@@ -17,21 +17,21 @@ HEAD = 2**12  # bytes in which the schema of a table stands
 
 
 def table_folder(kind: str, *depends_on: Any) -> Path:
-    """Where a table is kept that depends on some values of JSON."""
+    """The folder of a table that depends on some values of JSON."""
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE, kind, digest)
 
 
 def open_table(folder: Path, prepare: Callable[[], datasets.Dataset], check_rows: bool = True) -> datasets.Dataset:
-    """Open the table in a folder. One that is missing, or not as it was written, is written anew.
+    """Open the table in a folder. One that is missing or has changed is written again.
 
     Processes that ask for one table wait for each other.
 
     Args:
         folder: The folder, from [`table_folder`].
-        prepare: Opens the table in `folder`, and writes it before if it is not there.
-        check_rows: Read all rows, to see whether they are as they were written; else only how many bytes there are
-            and how they are read, which costs nothing.
+        prepare: Opens the table in `folder`, after writing it if it is missing.
+        check_rows: Read and check all rows; else check only the number of bytes and the header, which costs
+            nothing.
 
     Raises:
         OSError: If nothing can be written there, with a sentence.
@@ -67,7 +67,7 @@ def open_table(folder: Path, prepare: Callable[[], datasets.Dataset], check_rows
 
 
 def _is_whole(digests: Path, check_rows: bool) -> bool:
-    """Whether the files are there that were noted when the table was whole, as they were then."""
+    """Whether all files are unchanged since the table was complete."""
     try:
         noted = json.loads(digests.read_text(encoding="utf-8"))
         return all(_digest(digests.parent / name, check_rows) == digest for name, digest in noted.items())

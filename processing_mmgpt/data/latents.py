@@ -1,9 +1,9 @@
-"""Latents: what frozen parts make of each picture of a mixture, kept on the disk from epoch to epoch.
+"""Latents: the output of frozen parts for each picture of a mixture, stored on the disk.
 
 Where vision tower and resampler are not trained, a picture's latents never change. So each picture is opened, encoded
-and resampled once, before training; from then on records bring its latents, mapped into memory from tables in the
-cache of `datasets`, which all processes and workers share. A table gets its name when it is whole, and its name says
-all that its latents depend on: what has changed is never found, and made anew.
+and resampled once, before training. Records then hold its latents, mapped into memory from tables in the cache of
+`datasets`, which all processes and workers share. A table gets its name when it is complete, and the name holds all
+that its latents depend on, so latents of something that has changed are never found, and are computed again.
 """
 
 import hashlib
@@ -50,12 +50,12 @@ def keep_latents(
     fingerprint: str,
     num_workers: int = 0,
 ) -> datasets.Dataset:
-    """Put latents in place of the images of a mixture's records; those that are not kept yet are made first.
+    """Put latents in place of the images of a mixture's records; missing ones are computed first.
 
-    Every process of a run calls this; they share the work. The rows, their order and their draws stay as they are,
-    and so do the policies: a picture that cannot be read is noted in the table, and skipped, replaced or raised for
-    when its row is read. With `on_bad_image: raise` it is raised for at once. Two things are under the policy here
-    that end a run without latents: videos, and pictures too long and thin to be resized.
+    Every process of a run calls this; they share the work. The rows, their order and their draws stay, and so do
+    the policies: a picture that cannot be read is noted in the table, and is skipped, replaced or an error when its
+    row is read; with `on_bad_image: raise` it is an error at once. The policy also covers two things that end a run
+    without latents: videos, and pictures too long and thin to be resized.
 
     Args:
         data: From [`~processing_mmgpt.data.mixture.load_instruction_dataset`], not streamed, or rows of it.
@@ -69,7 +69,7 @@ def keep_latents(
         The same rows; an image of a record is [`~processing_mmgpt.messages_mmgpt.Latents`].
 
     Raises:
-        ValueError: If `data` is streamed or no mixture, or on a picture that cannot be read.
+        ValueError: If `data` is streamed or not a mixture, or on a picture that cannot be read.
     """
     reading = data.format["format_kwargs"].get("transform") if isinstance(data, datasets.Dataset) else None
     if not isinstance(reading, Reading):
@@ -91,7 +91,7 @@ def keep_latents(
 
 
 def image_key(image: Any) -> str:
-    """Tell a picture or a video from all others: a file by its path, size and time of last change, else by its bytes.
+    """Identify a picture or a video: a file by its path, size and time of last change, else by its bytes.
 
     Returns:
         64 digits.
@@ -112,7 +112,7 @@ def image_key(image: Any) -> str:
 
 
 def _find_images(reading: Reading) -> dict[str, Place]:
-    """Find where each picture of all sources stands first, in their order; none is opened."""
+    """Find the first place of each picture of all sources, in their order; none is opened."""
     places: dict[str, Place] = {image_key(Image.new("RGB", BLANK)): None}
     for name, rows in reading.parts.items():
         if reading.sources[name].has_images(rows.column_names):
@@ -146,7 +146,7 @@ def _open_table(
     num_workers: int,
     places: dict[str, Place],
 ) -> datasets.Dataset:
-    """Open the table of some pictures; the first process that asks for it makes it."""
+    """Open the table of some pictures; the first process that needs it makes it."""
     folder = table_folder(NAME, fingerprint, *places)
     rows = partial(_make_rows, reading, image_processor, encode, num_workers, list(places.values()))
 
@@ -200,7 +200,7 @@ def _load(reading: Reading, image_processor: MMGPTImageProcessor, places: list[P
 def _look_up(
     table: datasets.Dataset, folders: list[Path], index: np.ndarray, order: np.ndarray, image: Any
 ) -> Latents:
-    """Give the latents of a picture; raise as opening it did, where it cannot be read."""
+    """Return the latents of a picture, or raise the error of opening it."""
     key = image_key(image).encode()
     at = np.searchsorted(index, key)
     if at == len(index) or index[at] != key:

@@ -1,4 +1,4 @@
-"""Mixtures: many annotation files, named in one YAML file, to one dataset of conversations."""
+"""Mixtures: many annotation files, named in one YAML file, become one dataset of conversations."""
 
 import os
 from functools import partial
@@ -21,19 +21,19 @@ def load_instruction_dataset(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Open a mixture.
 
-    Annotation files are brought once into tables on the disk, in the cache of `datasets`; there every record is
-    checked. Pictures are opened, and what is random is drawn, when a row is read. What is drawn depends on the seed
-    and the place of the record in its file only, so it is the same for any number of workers and processes.
+    Annotation files are written once into tables in the cache of `datasets`, and every record is checked. Pictures are
+    opened, and random choices are drawn, when a row is read. A draw depends on the seed and the place of the record in
+    its file only, so it is the same for any number of workers and processes.
 
     Args:
         mixture: A YAML file or its contents; its keys are the fields of [`~processing_mmgpt.data.recipe.Mixture`]
-            and [`~processing_mmgpt.data.recipe.Source`]. A JSONL file stands
-            for a mixture of one source with the reader `"messages"`, whose pictures are paths relative to the file.
-        seed: What the order, the choice of rows and the draws of the readers come from.
+            and [`~processing_mmgpt.data.recipe.Source`]. A JSONL file is a
+            mixture of one source with the reader `"messages"`, whose pictures are paths relative to the file.
+        seed: Seed of the order, the choice of rows and the draws of the readers.
 
     Returns:
-        A dataset of `{"messages": [...], "images": [...]}`, in the order to train in. An image is a path, or a picture
-        where `on_bad_image` made it necessary to open it. If the mixture says streaming, an `IterableDataset`.
+        A dataset of `{"messages": [...], "images": [...]}`, in the order to train in. An image is a path, or an
+        opened picture where `on_bad_image` needs it. With streaming, an `IterableDataset`.
 
     Raises:
         FileNotFoundError: If a file or an image root is not there.
@@ -56,7 +56,7 @@ def load_instruction_dataset(
 
 
 def open_source(source: Source, mixture: Mixture) -> Rows:
-    """Open all rows of a source, those that cannot be read included: `problem` says why."""
+    """Open all rows of a source, including those that cannot be read: `problem` says why."""
     if source.dataset is None:
         kept = (source.annotations, source.reader, source.image_root, source.where, mixture.streaming)
         return open_annotations(source.name, source.files, *kept)
@@ -84,7 +84,7 @@ def _number(name: str, row: dict, number: int) -> dict:
 
 
 def _take(rows: Rows, source: Source, mixture: Mixture, seed: int) -> Rows:
-    """Leave out what cannot be read, and take as many as are wanted."""
+    """Leave out what cannot be read, and take as many rows as wanted."""
     if mixture.streaming:
         if next(iter(rows), None) is None:
             raise ValueError(f"The source {source.name!r} is empty.")
@@ -149,7 +149,7 @@ def _both(parts: dict[str, Rows], mixture: Mixture, seed: int) -> list[Rows]:
 
 
 def _take_turns(ratio: tuple[int, int], images: Rows, texts: Rows, seed: int) -> Rows:
-    """Let rows of both kinds take turns; those with pictures come once each, the others as often as it takes."""
+    """Alternate rows of both kinds; those with pictures come once each, the others as often as needed."""
     share = ratio[0] / sum(ratio)
     if isinstance(images, datasets.IterableDataset):
         probabilities = None if share == 0.5 else [share, 1 - share]  # in strict alternation, or on average

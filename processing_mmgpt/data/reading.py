@@ -1,4 +1,4 @@
-"""Reading: a row of a mixture, as it is asked for, to a conversation; and what is done about one that is damaged."""
+"""Read a row of a mixture into a conversation when it is needed, and handle a damaged one."""
 
 import json
 import os
@@ -25,15 +25,15 @@ TRIES = 1_000  # rows of a source that are tried in place of one whose picture c
 
 @dataclass
 class Reading:
-    """Read rows of a mixture when they are asked for: the transform of its dataset.
+    """Read rows of a mixture when they are needed: the transform of its dataset.
 
     Args:
-        mixture: What is mixed and what to do about bad rows.
-        seed: What the readers' draws come from.
-        parts: The rows of each source, among which another is found for a bad one; empty in a streamed mixture.
-        open: Called with each image, the black ones too, for what comes into the record, as
+        mixture: The sources, and what to do about bad rows.
+        seed: Seed of the readers' draws.
+        parts: The rows of each source, out of which a bad row is replaced; empty in a streamed mixture.
+        open: Called with each image, black ones too, for what goes into the record, as
             [`~processing_mmgpt.data.latents.keep_latents`] does; by default images stay as `on_bad_image` needs them.
-            What it raises is an image that cannot be read.
+            An error of it counts as an image that cannot be read.
     """
 
     mixture: Mixture
@@ -94,7 +94,7 @@ class Reading:
         return read_record(given, source.reader, source.image_root, self._rng(row))
 
     def image(self, image: Any) -> Any:
-        """What comes into the record for an image.
+        """What goes into the record for an image.
 
         Raises:
             ValueError: If it cannot be read, as "reason: details".
@@ -107,7 +107,7 @@ class Reading:
             raise ValueError(f"The picture cannot be read: {error}") from error
 
     def _as_needed(self, image: Any) -> Any:
-        """Open an image if a bad one is not to raise; whether the file is there is seen in any case."""
+        """Open an image if a bad one shall not raise; a missing file is noticed in any case."""
         if isinstance(image, Video | list):
             return image  # a video, which no policy is for: whoever makes pixels of it opens it
         if self.mixture.on_bad_image != "raise":
@@ -127,7 +127,7 @@ class Reading:
 
 
 def place(source: Source, row: dict[str, Any]) -> str:
-    """Say where a row of a source is found."""
+    """Describe where a row of a source is found."""
     if source.dataset is not None:
         return f"{source.dataset}, row {row['row']}"
     path = source.files[row["file"]]

@@ -29,7 +29,7 @@ class Source(Checked):
             (workers, processes) need several files.
         annotations: For the official form of VQA and OK-VQA, the answers to the questions in `files`, in their order.
         image_root: The folder that the paths of pictures start from and may not leave.
-        dataset: In place of `files`, a Hub id or a folder for `datasets.load_dataset`, with columns `messages` and,
+        dataset: Instead of `files`, a Hub id or a folder for `datasets.load_dataset`, with columns `messages` and,
             if it has pictures, `images`.
         split: The split of `dataset`.
         revision: The revision of `dataset`.
@@ -69,14 +69,14 @@ class Mixture(Checked):
     Args:
         sources: The sources.
         root: The folder that relative paths in the file start from; by default the working folder.
-        image_text_ratio: Such as `"1:1"` (in quotes: YAML takes 1:1 for a number). Rows with pictures and rows without
-            take turns in it. Each row with pictures comes once; rows of text are repeated, or left out, to fit.
-        streaming: Read while training, for what does not fit on the disk twice. Rows are shuffled over a buffer only.
+        image_text_ratio: For example `"1:1"` (in quotes: YAML reads 1:1 as a number). Rows with pictures and rows
+            without alternate in it. Each row with pictures comes once; rows of text are repeated, or left out, to fit.
+        streaming: Read while training, for data too large to be copied on the disk. Rows are shuffled in a buffer.
         stopping_strategy: With weights, when a dataset ends; see `datasets.interleave_datasets`.
         on_bad_record: What to do about a record that lacks something: `"raise"` or `"skip"`.
         on_bad_image: What to do about a picture that is missing or broken: `"raise"`, `"skip"`: another row of the
             source is read in its place (streamed: the row is left out), or `"blank"`: a black picture is put in.
-        skip_log: The file that names each row which was skipped or got a black picture; see `skip_log.count_skips`.
+        skip_log: The file that names each row that is skipped or gets a black picture; see `skip_log.count_skips`.
     """
 
     sources: list[Source] = Field(min_length=1)
@@ -98,7 +98,7 @@ class Mixture(Checked):
 
 
 def read_mixture(mixture: str | os.PathLike | dict[str, Any] | Mixture) -> Mixture:
-    """Read and check what a mixture says, without opening its files.
+    """Read and check a mixture, without opening its annotation files.
 
     Args:
         mixture: As for [`~processing_mmgpt.data.mixture.load_instruction_dataset`].
@@ -135,7 +135,7 @@ def read_mixture(mixture: str | os.PathLike | dict[str, Any] | Mixture) -> Mixtu
 
 
 def files_of(path: str | os.PathLike) -> list[str]:
-    """Name the files that a mixture is read from, before any picture: its own, and those of its sources.
+    """Name the files that a mixture is read from, without pictures: its own, and those of its sources.
 
     Args:
         path: A YAML or JSONL file, as for [`~processing_mmgpt.data.mixture.load_instruction_dataset`].
@@ -148,7 +148,7 @@ def files_of(path: str | os.PathLike) -> list[str]:
 
 
 def _say(problem: dict[str, Any]) -> str:
-    """Say what pydantic found: where, what was given, what it has to be."""
+    """Describe an error of pydantic: where it is, what was given, what is expected."""
     place, kind, given = problem["loc"], problem["type"], problem["input"]
     what, model = "The mixture", Mixture
     if len(place) > 1 and place[0] == "sources":

@@ -1,4 +1,4 @@
-"""Records: what readers take out of a public one, each loud about what is missing, and how they make ours."""
+"""Records: take fields out of a public record, with an error for what is missing, and make a record of ours."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-r"""A report on a mixture, to be read before a training is paid for.
+r"""A report on a mixture, to be read before a training is started.
 
     python -m processing_mmgpt.data.report mixture.yaml --processor FOLDER --output report --max_length 512
 
@@ -34,7 +34,7 @@ LEARNT, PLAIN = "\x1b[32m", "\x1b[0m"
 
 @dataclass
 class Findings:
-    """What was found in one source; only counts, so that it stays small.
+    """Findings in one source; only counts, so that it stays small.
 
     Args:
         rows: Records in its files.
@@ -42,7 +42,7 @@ class Findings:
         tokens: Rows by length, in steps of `TOKEN_BIN` tokens.
         answers: Answers by words, in the classes of `EDGES`.
         cut: Rows that lose a turn at `max_length`.
-        lost: Rows of which nothing is left there.
+        lost: Rows of which nothing is left at `max_length`.
         short: Answers of `SHORT` words or less.
         longest: The most tokens of a row.
     """
@@ -74,7 +74,7 @@ def examine(
         limit: The most rows to look at, from the start.
 
     Returns:
-        What was found, and a record for a sample, if there is one.
+        The findings, and a record for a sample, if there is one.
     """
     findings, samples = Findings(), []
     for record in _records(source, mixture, findings, limit):
@@ -108,7 +108,7 @@ def _records(source: Source, mixture: Mixture, findings: Findings, limit: int | 
 
 
 def _too_long(record: dict[str, Any], collator: MMGPTCollator, findings: Findings) -> None:
-    """Count a row that is too long by what the collator makes of it."""
+    """Count a row that is too long as the collator cuts it."""
     try:
         collator.encode(record)
         findings.cut += 1
@@ -120,7 +120,7 @@ def _too_long(record: dict[str, Any], collator: MMGPTCollator, findings: Finding
 
 
 def describe(name: str, findings: Findings, max_length: int | None = None) -> list[str]:
-    """Say what was found in a source, in lines."""
+    """Describe the findings in a source, in lines."""
     rows = sum(findings.tokens.values())
     lines = [f"{name}: {findings.rows:,} rows, {rows:,} of them can be trained on"]
     lines += [f"  ! {count:,} rows: {reason}" for reason, count in findings.problems.most_common()]
@@ -192,7 +192,7 @@ def report(
         limit: The most rows of each source to look at.
 
     Returns:
-        The text, and what was found in each source.
+        The text, and the findings in each source.
     """
     findings, samples, lines = {}, [], []
     for source in mixture.sources:

@@ -1,4 +1,4 @@
-"""What was skipped: a log that many processes add to, and its counts."""
+"""The log of skipped rows, to which many processes add, and its counts."""
 
 import json
 import os
@@ -11,8 +11,8 @@ def log_skip(skip_log: str | os.PathLike, source: str, place: str, problem: str)
 
     Args:
         skip_log: The file; it and its folder are made if they are missing.
-        source: What the row belongs to.
-        place: Which row it is; a row logged twice counts once.
+        source: The source of the row.
+        place: The row; one that is logged twice counts once.
         problem: The reason, up to the first ": ", and details.
     """
     reason, _, details = problem.partition(": ")
@@ -28,8 +28,8 @@ def log_skip(skip_log: str | os.PathLike, source: str, place: str, problem: str)
 def count_skips(skip_log: str | os.PathLike) -> Counter[tuple[str, str]]:
     """Count the rows that a log of skips names, by source and reason.
 
-    A row that came up several times, in several epochs or for several workers, counts once. The log is only ever added
-    to: delete it to begin anew.
+    A row that is logged several times, in several epochs or by several workers, counts once. Lines are only added to
+    the log: delete it to start again.
     """
     if not os.path.exists(skip_log):
         return Counter()

@@ -1,6 +1,6 @@
-"""Tables of annotation records: written to the disk once, each record checked, and from there mapped into memory.
+"""Tables of annotation records: written to the disk once, each record checked, and mapped into memory.
 
-No file of a source is opened here: `datasets` replaces `open` and `os.path` in the module of a builder by its own.
+No file of a source is opened here, because `datasets` replaces `open` and `os.path` in the module of a builder.
 """
 
 import itertools
@@ -35,7 +35,7 @@ COLUMNS = datasets.Features(
 
 @dataclass
 class AnnotationsConfig(datasets.BuilderConfig):
-    """What the table of a source depends on; a change of any makes another table."""
+    """What the table of a source depends on; a change makes another table."""
 
     files: tuple[str, ...] = ()
     annotations: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def open_annotations(
     """Open the rows of a source, with the columns of `COLUMNS`.
 
     Raises:
-        ValueError: If a file is no JSON or no document that is known for the reader.
+        ValueError: If a file is not JSON, or not a document that the reader knows.
     """
     files, annotations = ([os.path.abspath(path) for path in paths] for paths in (files, annotations))
     stats = [os.stat(path) for path in (*files, *annotations)]

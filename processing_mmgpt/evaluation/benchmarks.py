@@ -1,8 +1,8 @@
-"""Public benchmarks: their files as they are downloaded, what is asked, how a reply is read, and the score.
+"""Public benchmarks: their files as downloaded, the question, how a reply is read, and the score.
 
 A `Benchmark` is a value; `BENCHMARKS` holds the ones of OpenFlamingo whose files have a public form. Splits, prompts,
 lengths and post-processing are those of https://github.com/mlfoundations/open_flamingo/tree/655f693/open_flamingo/eval,
-beside which each deviation stands.
+with each deviation noted beside the line.
 """
 
 import json
@@ -33,14 +33,14 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What there is to know of a benchmark.
+    """All that defines a benchmark.
 
     Args:
         read: `(folder, is_support)` to samples: `id`, `image` (a path), `text` (what is asked, or `None`), `answer`
             (what an example shows), and what `score` compares with.
-        prompt: The question in OpenFlamingo's form, `{}` for the text; `<image>` stands before it, the answer behind.
-        instruction: The same as a user's turn, for models that were tuned on instructions.
-        separator: What stands between one example and the next.
+        prompt: The question in OpenFlamingo's form, `{}` for the text; `<image>` comes before it, the answer after it.
+        instruction: The same as a user's turn, for models tuned on instructions.
+        separator: The text between one example and the next.
         max_new_tokens: Length of a reply; `None` where classes are ranked by their likelihood.
         clean: From a reply to the answer in it.
         score: `(samples, predictions)` to scores by name, in percent, the main one first. A prediction is a text, or
@@ -104,7 +104,7 @@ def score_answers(samples: list[Sample], predictions: list[str]) -> dict[str, fl
 
 
 def score_classes(samples: list[Sample], predictions: list[list[float]]) -> dict[str, float]:
-    """Share of samples whose class is the likeliest."""
+    """Share of samples whose class is the most likely."""
     likeliest = [sample["classes"][p.index(max(p))] for sample, p in zip(samples, predictions, strict=True)]
     return {"accuracy": 100 * mean(sample["answer"] == name for sample, name in zip(samples, likeliest, strict=True))}
 
@@ -125,7 +125,7 @@ def score_yes_no(samples: list[Sample], predictions: list[list[float]]) -> dict[
 def read_karpathy(folder: Path, is_support: bool) -> list[Sample]:
     """Captions of COCO in Karpathy's splits: `dataset_coco.json`, `train2014/`, `val2014/`.
 
-    Examples are out of "train" and show the first caption; queries are those of "test". "restval" is not used.
+    Examples are taken from "train" and show the first caption; queries are those of "test". "restval" is not used.
 
     Source: https://cs.stanford.edu/people/karpathy/deepimagesent/
     """
@@ -212,7 +212,7 @@ def read_samples(benchmark: Benchmark, folder: Path, is_support: bool, count: in
         benchmark: One of `BENCHMARKS`.
         folder: Its folder, files as downloaded.
         is_support: The training split, which examples are taken from, rather than the one that is scored.
-        count: So many samples, the same for the same number; all without.
+        count: Number of samples, the same ones for the same number; by default all.
 
     Raises:
         FileNotFoundError: If a file is missing; a missing picture is noticed when it is opened.

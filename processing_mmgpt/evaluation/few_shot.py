@@ -1,13 +1,13 @@
-r"""Few-shot prompts: support examples and a query become one prompt; the support is drawn at random or by likeness.
+r"""Few-shot prompts: support examples and a query become one prompt; the support is drawn at random or by similarity.
 
 A support example is a record like any other: `{"messages": [...], "images": [...]}`. A query is one whose last turn
-waits for a response. [`few_shot`] joins them; the result is rendered
+is the user's. [`few_shot`] joins them; the result is rendered
 
 * in the form of Flamingo and OpenFlamingo by [`interleaved_prompts`]:
   `<image>Output:A cat.<|endofchunk|>\n<image>Output:`,
 * in the form of instructions by `processor.apply_chat_template`, where the support is the earlier turns.
 
-Likeness (RICES, retrieval-based in-context example selection: https://arxiv.org/abs/2109.05014) is the cosine of
+Similarity (RICES, retrieval-based in-context example selection: https://arxiv.org/abs/2109.05014) is the cosine of
 features of pictures. Letters: `K` pictures of the pool, `Q` queries, `D` width of a feature.
 """
 
@@ -89,18 +89,18 @@ def interleaved_prompts(
 ) -> BatchFeature:
     """Render records in the form of OpenFlamingo: `<image>`, prompt, answer, `<|endofchunk|>`.
 
-    A control token that stands literally in a record stays text. Let generation end at the chunk's end:
+    A control token typed in a record stays text. Let generation end at the chunk's end:
     `model.generate(**batch, eos_token_id=processor.end_of_chunk_token_id)`.
 
     Args:
         processor: The processor.
         records: Each from [`few_shot`], or a query alone.
-        question: What is written for a user turn with a text, which takes the place of `{}`.
-        caption: What is written for a user turn of pictures alone.
+        question: The form of a user turn with a text, which replaces `{}`.
+        caption: The form of a user turn of pictures alone.
         separator: What follows each `<|endofchunk|>`. OpenFlamingo's evaluation has a line break there, its
             README nothing.
-        bos_token: What begins a row. By default, as in the reference, what the tokenizer writes by itself: that of
-            LLaMA its BOS, that of GPT-NeoX and MPT nothing, though it has one.
+        bos_token: The beginning of a row. By default, as in the reference, what the tokenizer writes by itself:
+            LLaMA's its BOS, GPT-NeoX's and MPT's nothing, though they have one.
 
     Returns:
         A batch for `generate`, padded on the left.
@@ -180,8 +180,8 @@ def load_index(path: str | os.PathLike, extract: Extract, pool_size: int) -> tor
 
     Args:
         path: A file of [`build_index`].
-        extract: What will make the features of the queries. It is tried on one picture, whose feature in the file has
-            to be the same: features of two towers, or of pictures of another size, cannot be compared.
+        extract: The function for the features of the queries. It is tried on one picture, whose feature has to equal
+            that in the file: features of two towers, or of pictures of another size, cannot be compared.
         pool_size: The number of examples.
 
     Returns:
@@ -189,7 +189,7 @@ def load_index(path: str | os.PathLike, extract: Extract, pool_size: int) -> tor
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no index, or one of another tower or of another pool.
+        ValueError: If it is not an index, or one of another tower or another pool.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,7 +1,7 @@
 """Metrics of public benchmarks, from text to scores: VQA accuracy, CIDEr-D, BLEU.
 
-Accuracy and ROC-AUC are scikit-learn's, BLEU is sacrebleu's. VQA accuracy and CIDEr-D have no package that
-is kept up: they are written here, and equal to the official scripts (`tests/test_metrics.py`).
+Accuracy and ROC-AUC are scikit-learn's, BLEU is sacrebleu's. VQA accuracy and CIDEr-D have no maintained package:
+they are written here, and equal to the official scripts (`tests/test_metrics.py`).
 """
 
 import math
@@ -38,8 +38,8 @@ CONTRACTIONS = {
 def normalise_answer(answer: str) -> str:
     """Bring an answer into the form in which the official script of VQA compares answers.
 
-    Punctuation goes (where it stands beside a space, or where a number has a comma, without a trace, and else for a
-    space), capitals and articles go, numbers up to ten become digits, and contractions get their apostrophe back.
+    Punctuation beside a space, and a comma in a number, is removed; other punctuation becomes a space. Capitals and
+    articles are removed, numbers up to ten become digits, and contractions get their apostrophe back.
     """
     text = answer
     has_thousands = re.search(r"\d,\d", answer) is not None
@@ -53,7 +53,7 @@ def normalise_answer(answer: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy of one prediction against the answers of (usually ten) people: right if three of them gave it.
+    """Accuracy of one prediction against the answers of (usually ten) people: right if three of them say the same.
 
     The mean over all ways to leave one person out, as in the official script. Where all people agree to the letter,
     that script compares without normalising, and so does this.
@@ -93,20 +93,20 @@ BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split(), str
 def tokenize_caption(caption: str) -> list[str]:
     """Split a caption as the official evaluation does, in lower case and without punctuation.
 
-    That runs Stanford CoreNLP 3.4.1's PTBTokenizer, in Java. This is its behaviour on captions; it differs on what
-    hardly stands in one: `y'all`, `rock'n'roll`, currencies other than the dollar, abbreviations beyond the commonest.
+    The official script runs Stanford CoreNLP 3.4.1's PTBTokenizer, in Java. This behaves like it on captions; it
+    differs on what is rare in them: `y'all`, `rock'n'roll`, currencies other than the dollar, uncommon abbreviations.
     """
     text = TWO_IN_ONE.sub(r"\1 ", CLITICS.sub(r" \1", caption.lower()))
     return [BRACKETS.get(token, token) for token in CAPTION_TOKEN.findall(text) if token not in DROPPED]
 
 
 def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each caption, which is what "CIDEr" means wherever results on COCO are given.
+    """CIDEr-D of each caption, which results on COCO call "CIDEr".
 
     Args:
         predictions: One caption a picture.
-        references: The captions that people gave for each picture. An n-gram weighs the less, the more of these
-            pictures it is said of; so a score depends on the set of pictures, and is 0 for a set of one.
+        references: The captions that people gave for each picture. An n-gram weighs less, the more of these
+            pictures have it; so a score depends on the set of pictures, and is 0 for a set of one.
 
     Returns:
         A score of each picture, 0..10; the score of a benchmark is the mean, and papers print it times 100.
@@ -126,7 +126,7 @@ def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of a set of captions, as the evaluation of COCO has them: 0..1, the closest reference length.
+    """BLEU-1 to BLEU-4 of a set of captions, as COCO's evaluation has them: 0..1, by the closest reference length.
 
     Where no n-gram of a length matches in the whole set, this is 0; the official script adds 1e-15 to every count.
 

@@ -1,4 +1,4 @@
-"""Samples: what the model replies while it is tuned, beside what it should have."""
+"""Samples: the replies of a model during its tuning, beside the references."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from ..processing_mmgpt import MMGPTProcessor
 
 
 class SampleCallback(TrainerCallback):
-    """At every evaluation, reply to a few records, show the table, and log it to wherever the Trainer reports.
+    """At every evaluation, reply to a few records, show the table, and log it to the Trainer's trackers.
 
     TRL's `LogCompletionsCallback` takes prompts that are text, and knows two trackers.
 
@@ -47,7 +47,7 @@ class SampleCallback(TrainerCallback):
 
 
 def split_last_response(record: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Cut a record in front of its last response.
+    """Cut a record before its last response.
 
     Returns:
         The record up to there, with the pictures of its messages; and the response.
@@ -69,7 +69,7 @@ def reply(
 ) -> list[str]:
     """Reply greedily to records that end with a user's turn, in one batch.
 
-    The model is left in the mode, training or evaluation, in which it was.
+    The model keeps its mode, training or evaluation.
     """
     inputs = processor.apply_chat_template(
         [record["messages"] for record in records],
