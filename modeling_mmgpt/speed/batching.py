@@ -162,7 +162,7 @@ class BatchingEngine:
             stack.callback(self.manager.stop, hard_stop=True)
             self.room = self.manager.batch_processor.cache.num_blocks * config.page_size
             self.room = min(self.room, getattr(self.config.text_config, "max_position_embeddings", None) or self.room)
-            with torch.inference_mode():  # which its thread takes over, and which spares an operation some microseconds
+            with torch.inference_mode():  # its thread takes this over; it spares an operation some microseconds
                 self.manager.start()
             self.on_exit = stack.pop_all()
         return self
