@@ -100,7 +100,8 @@ class MMGPTPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Finish building: of the classes that stay whole on a device, name those here, for FSDP seeks all of them."""
         super().post_init()
-        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
+        named = getattr(self, "_no_split_modules", ())
+        self._no_split_modules = {type(module).__name__ for module in self.modules()}.intersection(named)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
