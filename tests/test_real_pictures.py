@@ -10,7 +10,16 @@ import torch
 import train_base
 import train_sft
 from PIL import Image
-from real_pictures import baselines, evaluate, free_photographs, in_context, make_data, own_answers, show_answers
+from real_pictures import (
+    baselines,
+    evaluate,
+    free_photographs,
+    in_context,
+    make_data,
+    own_answers,
+    places,
+    show_answers,
+)
 from real_pictures.compositions import LEFT, RIGHT, TABLES, WHOLE, Stamp, Studio, load_photos, load_stamps
 from real_pictures.questions import Questions
 from transformers import (
@@ -99,6 +108,8 @@ def test_from_cut_outs_to_scores(sources, tables, parts, tmp_path, monkeypatch, 
         *("--max_length", 1024, "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
     )
     call(monkeypatch, baselines, parts / "tower", "--data", pool)
+    call(monkeypatch, places, parts / "tower", "--data", pool, "--count", 8)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| 2 |")  # the tower has two layers
     out = tmp_path / "scores"
     texts = ("--texts", pool / "texts" / "train.jsonl", "--text", parts / "lm")
     call(monkeypatch, evaluate, tmp_path / "model", "--data", pool, "--split", "test", "--output_dir", out, *texts)
@@ -160,6 +171,15 @@ def test_photographs_that_are_free_are_asked_about(tmp_path):
     ]
     assert all("CC" in row["about"] or "public domain" in row["about"] for row in rows)
     assert Image.open(tmp_path / rows[0]["images"][0]).size == (640, 427)
+
+
+def test_a_place_is_found_in_tokens_that_tell_it():
+    torch.manual_seed(0)
+    noise, column = torch.randn(16, 36, 24), torch.arange(36) % 6
+    told = places.place_scores(noise + 3 * (column - 2.5)[:, None] * torch.randn(24))
+    assert told["column"][0] > 0.7 and told["column"][1] > 0.95 and told["row"][0] < 0.3
+    silent = places.place_scores(noise)
+    assert all(abs(explained) < 0.3 and 0.35 < half < 0.65 for explained, half in silent.values())
 
 
 def test_an_episode_names_two_kinds_and_asks_for_one():
