@@ -308,6 +308,20 @@ def test_swapped_pictures_are_those_of_another_answer():
     assert [row["swapped"] for row in evaluate.swap(rows)] == [["b"], ["b"], ["a"]]
 
 
+def test_the_page_says_what_was_measured():
+    root = TABLES.parents[1]
+    run = json.loads((root / "tests" / "results" / "real_pictures_h100.json").read_text())
+    page = (root / "docs" / "real_model.md").read_text()
+    stages = [run[stage]["test"]["scores"] for stage in ("stage one", "tuned on both")]
+    for test, row in stages[0].items():
+        shares = [f"{100 * scores[test]['as they are']['share']:.1f}" for scores in stages]
+        assert f"| {test} | {row['as they are']['n']} | {shares[0]} | {shares[1]} (" in page
+    for test in ("names", "kinds of photographs"):
+        ways = ("stage one", "tuned on pictures", "tuned on text", "tuned on both")
+        shares = [f"{100 * run[way]['validation']['scores'][test]['as they are']['share']:.1f}" for way in ways]
+        assert f"| {test} | {' | '.join(shares)} |" in page
+
+
 # The single stage of train_base.py that these programs use
 
 
