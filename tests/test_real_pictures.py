@@ -10,7 +10,16 @@ import torch
 import train_base
 import train_sft
 from PIL import Image
-from real_pictures import baselines, evaluate, free_photographs, in_context, make_data, own_answers, show_answers
+from real_pictures import (
+    baselines,
+    evaluate,
+    free_photographs,
+    in_context,
+    make_data,
+    own_answers,
+    places,
+    show_answers,
+)
 from real_pictures.compositions import LEFT, RIGHT, TABLES, WHOLE, Stamp, Studio, load_photos, load_stamps
 from real_pictures.questions import Questions
 from transformers import (
@@ -99,6 +108,8 @@ def test_from_cut_outs_to_scores(sources, tables, parts, tmp_path, monkeypatch, 
         *("--max_length", 1024, "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
     )
     call(monkeypatch, baselines, parts / "tower", "--data", pool)
+    call(monkeypatch, places, parts / "tower", "--data", pool, "--count", 8)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| 2 |")  # the tower has two layers
     out = tmp_path / "scores"
     texts = ("--texts", pool / "texts" / "train.jsonl", "--text", parts / "lm")
     call(monkeypatch, evaluate, tmp_path / "model", "--data", pool, "--split", "test", "--output_dir", out, *texts)
@@ -160,6 +171,15 @@ def test_photographs_that_are_free_are_asked_about(tmp_path):
     ]
     assert all("CC" in row["about"] or "public domain" in row["about"] for row in rows)
     assert Image.open(tmp_path / rows[0]["images"][0]).size == (640, 427)
+
+
+def test_a_place_is_found_in_tokens_that_tell_it():
+    torch.manual_seed(0)
+    noise, column = torch.randn(16, 36, 24), torch.arange(36) % 6
+    told = places.place_scores(noise + 3 * (column - 2.5)[:, None] * torch.randn(24))
+    assert told["column"][0] > 0.7 and told["column"][1] > 0.95 and told["row"][0] < 0.3
+    silent = places.place_scores(noise)
+    assert all(abs(explained) < 0.3 and 0.35 < half < 0.65 for explained, half in silent.values())
 
 
 def test_an_episode_names_two_kinds_and_asks_for_one():
@@ -286,6 +306,20 @@ def test_the_interval_knows_that_views_of_one_thing_are_not_many_things():
 def test_swapped_pictures_are_those_of_another_answer():
     rows = [{"test": "t", "answers": [answer], "images": [answer]} for answer in "aab"]
     assert [row["swapped"] for row in evaluate.swap(rows)] == [["b"], ["b"], ["a"]]
+
+
+def test_the_page_says_what_was_measured():
+    root = TABLES.parents[1]
+    run = json.loads((root / "tests" / "results" / "real_pictures_h100.json").read_text())
+    page = (root / "docs" / "real_model.md").read_text()
+    stages = [run[stage]["test"]["scores"] for stage in ("stage one", "tuned on both")]
+    for test, row in stages[0].items():
+        shares = [f"{100 * scores[test]['as they are']['share']:.1f}" for scores in stages]
+        assert f"| {test} | {row['as they are']['n']} | {shares[0]} | {shares[1]} (" in page
+    for test in ("names", "kinds of photographs"):
+        ways = ("stage one", "tuned on pictures", "tuned on text", "tuned on both")
+        shares = [f"{100 * run[way]['validation']['scores'][test]['as they are']['share']:.1f}" for way in ways]
+        assert f"| {test} | {' | '.join(shares)} |" in page
 
 
 # The single stage of train_base.py that these programs use

@@ -80,11 +80,12 @@ def test_row(job: tuple, folder: Path, trained: list[Stamp], seed: int) -> dict:
         name = stamp.name if right else rng.choice(wrong).name
         turns = [(one, IS_IT[0].format(name), "yes" if right else "no")]
     elif test == "count":
-        while (turns := ask.count()[0])[0][2] != str(1 + number % 4):
-            pass
+        turns, (stamp, *_) = ask.count()
+        while turns[0][2] != str(1 + number % 4):
+            turns, (stamp, *_) = ask.count()
         turns = [(turns[0][0], COUNT[0], turns[0][2])]
     elif test == "left or right":
-        turns = ask.sides()[0][:1]
+        (*turns, _), (stamp, _) = ask.sides()
     else:
         turns, things = ask.two_pictures()
         stamp = things[1]
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--backgrounds", nargs="*", default=["monuments", "renewable"], help="parts of their paths")
-    parser.add_argument("--rows", type=int, default=60_000, help="dialogues to train on, of two pictures each")
+    parser.add_argument("--rows", type=int, default=62_000, help="dialogues to train on, of two pictures each")
     parser.add_argument("--views", type=int, default=9_000, help="pictures that the baselines learn from")
     parser.add_argument("--test_rows", type=int, default=200, help="of most tests, in each split")
     parser.add_argument("--size", type=int, default=224, help="side of the pictures, in pixels")
