@@ -280,7 +280,7 @@ def main() -> None:
     with ExitStack() as stack:
         if args.greedy and benchmark.max_new_tokens:
             most = 1 + max(args.shots)  # pictures of a prompt
-            engine = BatchingEngine(model, num_slots=max(64, 4 * most), max_pictures=most, do_sample=False)
+            engine = BatchingEngine(model, num_slots=max(128, 4 * most), max_pictures=most, do_sample=False)
             stack.enter_context(engine)
         for shots in args.shots:
             runs = []

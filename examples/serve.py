@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="by default float32 on a CPU, else the model's own")
     parser.add_argument("--quantization", choices=["none", "nf4", "int8"], default="none", help="by bitsandbytes")
     parser.add_argument("--engine", choices=["auto", "batched", "one"], default="auto", help="many at once, or not")
-    parser.add_argument("--max-chats", type=int, default=32, help="that are answered at once; others wait")
+    parser.add_argument("--max-chats", type=int, help="that are answered at once; by default 32 on a CPU, else 128")
     parser.add_argument(
         "--cache-tokens", type=int, help="of all those chats; by default 16,384 on a CPU, else what fits"
     )

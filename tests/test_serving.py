@@ -459,10 +459,12 @@ def test_fifty_chats_at_once_with_clients_that_vanish(adapter, tmp_path, dtype):
     quarter = len(memory) // 4
     before, after = statistics.median(memory[quarter : 2 * quarter]), statistics.median(memory[-quarter:])
     figures = {"seconds": seconds, "dtype": dtype, "chats_at_once": 50, "memory_mib_second_quarter": round(before, 1)}
+    if dtype == "bfloat16":  # there a reply depends on what else is under way
+        counts["unlike alone"] = counts.pop("wrong")
     figures |= {"memory_mib_last_quarter": round(after, 1), **counts}
     name = "serving_soak" if dtype == "float32" else f"serving_soak_{dtype}"
     note(name, figures, "pytest -m bars tests/test_serving.py")
-    assert counts["wrong"] == 0 or dtype == "bfloat16"  # there a reply depends on what else is under way
+    assert counts.get("wrong", 0) == 0
     assert counts["finished"] > 50 and counts["vanished"] > 20
     assert {name: again[name]["text"] for name in requests} == {name: alone[name]["text"] for name in requests}
     assert after < 1.05 * before

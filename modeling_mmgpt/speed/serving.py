@@ -7,31 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .batching import BatchingEngine
-
-
-def memory_settings(device: torch.device, max_chats: int, cache_tokens: int | None) -> Any:
-    """Make a `ContinuousBatchingConfig`: a small cache on a CPU, elsewhere 60 % of what is free, on CUDA in graphs.
-
-    Raises:
-        ImportError: If this release of transformers has none.
-    """
-    from transformers import ContinuousBatchingConfig
-
-    if device.type == "cpu":  # attention over a packed row grows with its square
-        page_size, settings = 32, {"num_blocks": 512, "max_batch_tokens": 256}
-    else:
-        page_size, settings = 64, {"max_memory_percent": 0.6, "max_batch_tokens": 2048}
-    if device.type == "cuda":
-        settings |= {"use_cuda_graph": True, "q_padding_interval_size": 32, "kv_padding_interval_size": 2048}
-        settings |= {"auto_switch_to_flash": False}  # the graphs were measured with sdpa
-    if cache_tokens is not None:
-        settings["num_blocks"] = -(-cache_tokens // page_size)
-    return ContinuousBatchingConfig(page_size=page_size, max_requests_per_batch=max_chats, **settings)
+from .batching import BatchingEngine, default_config
 
 
 class ManyAtOnce:
@@ -40,8 +19,8 @@ class ManyAtOnce:
     Args:
         model: The model.
         processor: Its processor.
-        max_chats: Replies that are written at the same time; other chats wait.
-        cache_tokens: Tokens of all those chats together that are held; see [`memory_settings`] for the default.
+        max_chats: Replies that are written at the same time; other chats wait. See [`default_config`] for the default.
+        cache_tokens: Tokens of all those chats together that are held; likewise.
         max_pictures: Pictures of a chat at most.
 
     Raises:
@@ -52,11 +31,12 @@ class ManyAtOnce:
         self,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        max_chats: int,
+        max_chats: int | None = None,
         cache_tokens: int | None = None,
         max_pictures: int = 16,
     ):
-        config, num_slots = memory_settings(model.device, max_chats, cache_tokens), max(max_pictures, 2 * max_chats)
+        config = default_config(model.device, max_chats, cache_tokens)
+        num_slots = max(max_pictures, 2 * config.max_requests_per_batch)
         engine = BatchingEngine(model, config=config, num_slots=num_slots, max_pictures=max_pictures)
         self.processor, self.running = processor, ExitStack()
         self.thread = self.running.enter_context(ThreadPoolExecutor(1, thread_name_prefix="admitting"))
