@@ -8,7 +8,7 @@ import shutil
 import pytest
 import train_dpo
 import train_grpo
-from conftest import BASE
+from conftest import BASE, note_results
 from preference import WORDS, in_another_order, in_place, likelihoods, nearly_right, with_another_word
 from quickstart import load
 from safetensors.torch import load_file
@@ -191,3 +191,41 @@ def test_the_likelihood_is_that_of_the_last_reply_alone():
         labels[:, : prompt.shape[1]] = -100
         loss = model(**whole, labels=labels).loss * (labels != -100).sum()
         assert found.item() == pytest.approx(-loss.item(), rel=1e-3)
+
+
+# What they teach, which `docs/preference.md` tells
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The adapter of the quickstart."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = run("examples/quickstart.py", "--output-dir", folder, "--count", 1, "--control-count", 0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "adapter"
+
+
+def measure(kind, adapter, output_dir):
+    """Run the command of the docs and keep its report; gives what was right, and the seconds."""
+    done = run("examples/measurements/preference.py", kind, "--adapter", adapter, "--output-dir", output_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((output_dir / "report.json").read_text())
+    note_results("preference", {kind: report})
+    return report["rows"], report["seconds"]
+
+
+@pytest.mark.bars
+def test_rewards_make_captions_right_and_spoil_no_other_skill(quickstart, tmp_path):
+    rows, seconds = measure("grpo", quickstart, tmp_path)
+    assert rows["caption"]["after"]["accuracy"] >= 0.96
+    for skill, row in rows.items():
+        assert row["after"]["accuracy"] >= row["before"]["accuracy"] - 0.01, skill
+    assert seconds <= 20 * 60  # on two idle cores
+
+
+@pytest.mark.bars
+def test_preferences_go_half_of_the_way_and_captions_stay_right(quickstart, tmp_path):
+    rows, _ = measure("dpo", quickstart, tmp_path)
+    for name in ("preferred to another order", "preferred to another word"):
+        assert rows[name]["after"]["accuracy"] >= (1 + rows[name]["before"]["accuracy"]) / 2, name
+    assert rows["caption"]["after"]["accuracy"] >= rows["caption"]["before"]["accuracy"]

@@ -31,8 +31,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 EXAMPLES = Path(__file__).parents[1]
 SCENES = 1_000_000  # the seed of the scenes that are tuned on; those of the quickstart and of the questions are small
 QUESTIONS = (201, 202, 203)  # the seeds of the questions
-DOUBTFUL = (0.02, 0.95)  # how likely a right reply is of which some samples are right and some wrong
-CAPTIONS = 0.7  # of the prompts of GRPO; the others keep the other skills
+DOUBTFUL = (0.02, 0.95)  # how likely a right caption is that is learnt: of samples of the others, all earn the same
+CAPTIONS = 0.7  # of the prompts of GRPO; the others are the replies of other skills that are least sure
 WORDS = 8  # so many captions with one word changed are looked at for the likeliest
 STEPS = {"grpo": 200, "dpo": 120}
 OPTIONS = {
@@ -101,13 +101,6 @@ def likelihoods(
     return torch.cat(found)
 
 
-def doubtful(model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[Example]) -> list[Example]:
-    """The examples whose right reply is neither certain nor out of reach: samples of the others all earn the same."""
-    right = likelihoods(model, processor, examples, [e.answer for e in examples]).exp()
-    low, high = DOUBTFUL
-    return [e for e, p in zip(examples, right.tolist(), strict=True) if low < p < high]
-
-
 def nearly_right(
     model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[Example], rng: random.Random
 ) -> list[str]:
@@ -121,12 +114,19 @@ def nearly_right(
 def write_records(kind: str, adapter: Path, count: int, folder: Path) -> Path:
     """Write what is tuned on, out of `count` captions: records and their pictures; for DPO with a rejected reply."""
     model, processor = load(adapter)
-    kept = doubtful(model, processor, [example("caption", SCENES, index) for index in range(count)])
+
+    def certainty(examples: Sequence[Example]) -> list[float]:
+        return likelihoods(model, processor, examples, [e.answer for e in examples]).exp().tolist()
+
+    captions = [example("caption", SCENES, index) for index in range(count)]
+    low, high = DOUBTFUL
+    kept = [e for e, p in zip(captions, certainty(captions), strict=True) if low < p < high]
     if kind == "grpo":
         shares = {skill: share for skill, share in MIXTURE.items() if skill != "caption"}
         others = [mixture(SCENES, index, shares=shares) for index in range(count)]
-        others = [*doubtful(model, processor, others), *others]
-        kept += others[: round(len(kept) * (1 - CAPTIONS) / CAPTIONS)]
+        sure = certainty(others)
+        least = sorted(range(count), key=sure.__getitem__)[: round(len(kept) * (1 - CAPTIONS) / CAPTIONS)]
+        kept += [others[index] for index in least]
         more = [{}] * len(kept)
     else:
         more = [{"rejected": caption} for caption in nearly_right(model, processor, kept, random.Random(SCENES))]
