@@ -102,7 +102,7 @@ def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
 
 
 def cache_pictures(trainer: Trainer) -> None:
-    """Have rows bring the latents of their pictures, which frozen parts make once and not in every epoch."""
+    """Encode each picture once, before training, and give its latents to the rows in place of its pixels."""
     collator, image_processor = trainer.data_collator, trainer.processing_class.image_processor
     encode, fingerprint = frozen_encoder(trainer.model, trainer.accelerator)
     given = (image_processor, encode, fingerprint, trainer.args.dataloader_num_workers)

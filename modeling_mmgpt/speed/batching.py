@@ -329,7 +329,7 @@ class BatchingEngine:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Look whether transformers' engine can run a model's LM.
+    """Check that transformers' engine can run a model's LM.
 
     Raises:
         ValueError: If it cannot; some families would raise, some would be wrong in silence.
