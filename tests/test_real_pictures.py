@@ -127,7 +127,7 @@ def test_from_cut_outs_to_scores(sources, tables, parts, tmp_path, monkeypatch, 
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert all(row["said"].keys() == {"as they are", "blank", "swapped"} for row in answers)
     assert "| names | 8 |" in capsys.readouterr().out
-    assert result["text questions"] == {"now": 0.0, "before": 0.0}
+    assert result["text questions"].keys() == {"now", "before"} and max(result["text questions"].values()) < 0.2
     call(
         monkeypatch,
         train_sft,
@@ -137,7 +137,8 @@ def test_from_cut_outs_to_scores(sources, tables, parts, tmp_path, monkeypatch, 
     )
     given = ("--data", pool, "--output_dir", out, "--episodes", 3, "--shots", 0, 2)
     call(monkeypatch, in_context, tmp_path / "tuned", *given)
-    assert not json.loads((out / "in_context.json").read_text())["things never seen, shuffled, 2"]["said"]["share"]
+    episodes = json.loads((out / "in_context.json").read_text())
+    assert episodes["things never seen, shuffled, 2"]["said"]["share"] == 0
 
 
 def test_own_answers_are_kept_if_they_end(parts, tmp_path, monkeypatch):
