@@ -97,6 +97,12 @@ class MMGPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MMGPTVisionTower):
             module.initialize()
 
+    def post_init(self) -> None:
+        """Finish building: of the classes that stay whole on a device, name those here, for FSDP seeks all of them."""
+        super().post_init()
+        named = getattr(self, "_no_split_modules", ())
+        self._no_split_modules = {type(module).__name__ for module in self.modules()}.intersection(named)
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint filled.

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import QuickGELUActivation
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_mmgpt import split_heads
@@ -125,7 +126,8 @@ class MMGPTVisionTower(nn.Module):
         )
         self.ln_post = VisionLayerNorm(width, **(config.norm_kwargs or {}))
         self.register_load_state_dict_pre_hook(_take_open_clip_names)
-        self.initialize()
+        if not is_deepspeed_zero3_enabled():  # which has taken the layers apart by now
+            self.initialize()
 
     def initialize(self) -> None:
         """Draw, as open_clip does, what a layer of its kind is not drawn from by itself and no checkpoint filled."""

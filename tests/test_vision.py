@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, CLIPVisionConfig, SiglipVisionConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from modeling_mmgpt import MMGPTForConditionalGeneration, MMGPTModel, MMGPTVisionConfig
+from modeling_mmgpt import MMGPTForConditionalGeneration, MMGPTModel, MMGPTVisionConfig, vision_mmgpt
 from modeling_mmgpt.adapters_mmgpt import quantization_config
 from modeling_mmgpt.vision_mmgpt import (
     MMGPTVisionBlock,
@@ -267,6 +267,30 @@ def test_the_blocks_of_the_tower_stay_whole_on_a_device(make_model):
     model = make_model()
     names = {type(module).__name__ for module in model.modules()}
     assert {"MMGPTVisionBlock", "MMGPTGatedCrossAttentionBlock"} <= set(model._no_split_modules) & names
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip", "siglip"])
+def test_accelerate_finds_all_that_stays_whole(make_model, kind):
+    """FSDP fails at the name of a class that is not in the model."""
+    model = make_model(**other_tower(kind))
+    names = {type(module).__name__ for module in model.modules()}
+    assert "MMGPTGatedCrossAttentionBlock" in model._no_split_modules <= names
+    assert any(type(block).__name__ in model._no_split_modules for block in model.model.vision_tower.modules())
+
+
+def test_a_tower_is_not_drawn_where_zero_3_has_taken_it_apart(monkeypatch):
+    """DeepSpeed empties each layer as soon as it is built, when a model is loaded under ZeRO-3."""
+
+    class Emptied(torch.nn.Linear):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.weight = torch.nn.Parameter(torch.empty(0))
+
+    monkeypatch.setattr(torch.nn, "Linear", Emptied)
+    with pytest.raises(ValueError, match="Fan in"):
+        build_vision_tower(MMGPTVisionConfig(**VISION))
+    monkeypatch.setattr(vision_mmgpt, "is_deepspeed_zero3_enabled", lambda: True)
+    build_vision_tower(MMGPTVisionConfig(**VISION))
 
 
 # The older names

@@ -10,7 +10,8 @@ from ..modeling_mmgpt import MMGPTForConditionalGeneration
 
 def fill_vocabulary(model: MMGPTForConditionalGeneration) -> None:
     """Fill the vocabulary up to a multiple of 64, in place: an odd number of rows makes the head's products slow."""
-    model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
+    size = model.config.get_text_config().vocab_size  # under ZeRO-3, the weights know of no rows
+    model.resize_token_embeddings(size, pad_to_multiple_of=64, mean_resizing=False)
 
 
 def compile_parts(model: nn.Module, **options) -> None:
