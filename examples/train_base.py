@@ -33,6 +33,7 @@ from modeling_mmgpt.adapters_mmgpt import lora_config
 from modeling_mmgpt.speed.compiling import compile_parts
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
 from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
+from modeling_mmgpt.training.launching import check_launch
 from modeling_mmgpt.training.weights import decayed_weights, gates, keep_rows
 from processing_mmgpt import MMGPTCollator, MMGPTProcessor, load_instruction_dataset
 from processing_mmgpt.data.recipe import files_of
@@ -133,6 +134,7 @@ def join(script: ScriptArguments) -> tuple[MMGPTForConditionalGeneration, MMGPTP
 
 def train(script: ScriptArguments, config: TrainingArguments) -> None:
     """Join, train, save model and processor."""
+    check_launch(config, "train_base.py", *(["lora_r of train_base.py"] if script.lora_r else []))
     data = load_instruction_dataset(script.data, config.seed)
     if isinstance(data, IterableDataset):
         data = data.repeat(None)  # one endless epoch: where a run resumes, steps then say how many rows to pass over
@@ -159,10 +161,6 @@ def train(script: ScriptArguments, config: TrainingArguments) -> None:
     trainer.gate_learning_rate = script.gate_learning_rate
     if trainer.label_smoother is not None:  # transformers shifts the labels of its own classes alone
         trainer.label_smoother = partial(trainer.label_smoother, shift_labels=True)
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("DeepSpeed keeps gradients to itself, so no rows can be chosen: launch with DDP or FSDP2.")
-    if lora is not None and trainer.is_fsdp_enabled:
-        raise ValueError("LoRA cannot be merged into weights that FSDP has taken apart: launch with DDP.")
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if script.resume else None)
     if lora is not None:
         lora.merge_and_unload(safe_merge=True)

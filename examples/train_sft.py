@@ -30,6 +30,7 @@ from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
 from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
 from modeling_mmgpt.training.latents import frozen_encoder
+from modeling_mmgpt.training.launching import check_launch
 from modeling_mmgpt.training.weights import decayed_weights
 from processing_mmgpt import MMGPTCollator, load_instruction_dataset
 from processing_mmgpt.data.latents import keep_latents
@@ -59,6 +60,9 @@ class ScriptArguments:
     compile_layers: bool = field(default=False, metadata={"help": "compile layers and tower: faster on a GPU"})
     fill_vocabulary: bool = field(
         default=False, metadata={"help": "fill the vocabulary up to a multiple of 64: faster on a GPU if it is odd"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "of the LM: flex_attention is faster on packed rows on a GPU"}
     )
     resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint, if there is one"})
 
@@ -93,6 +97,8 @@ def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
     model = AutoModelForImageTextToText.from_pretrained(
         base or path, dtype=script.dtype, quantization_config=quantization
     )
+    if script.attn_implementation is not None:
+        model.model.text_model.set_attn_implementation(script.attn_implementation)
     if script.fill_vocabulary:
         fill_vocabulary(model)
     if script.compile_layers:
@@ -115,6 +121,7 @@ def cache_pictures(trainer: Trainer) -> None:
 
 def tune(script: ScriptArguments, config: SFTConfig) -> None:
     """Load, tune, save adapter and processor."""
+    check_launch(config, *(option for option in ("new_tokens", "cache_pictures") if getattr(script, option)))
     data, held_out = split_data(script, config)
     model = load_model(script)
     avoid_cudnn_attention()
