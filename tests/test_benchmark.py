@@ -1,6 +1,7 @@
 """Speed: what is imported, what is compiled anew, and that the benchmark runs. The figures are the benchmark's."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,18 @@ def test_the_whole_benchmark_beside_its_peers(tmp_path):
     seconds = {statement: round(value, 2) for statement, value in result["imports"].items()}
     figures = {"tokens a second, one row": speeds, "recompiles": result["recompiles"], "imports, seconds": seconds}
     note_results("benchmark", {**figures, **turns})
+
+
+@pytest.mark.bars
+def test_clusters_are_measured_by_the_program_that_people_launch(tmp_path):
+    """On CPUs: the speed of one and two processes, their losses, and what is refused."""
+    command = [sys.executable, "examples/measurements/clusters.py", "--tiny", "--output-dir", str(tmp_path), "--only"]
+    command += ["one_gpu-1-plain", "ddp-2-plain", "float32-one_gpu-1", "float32-ddp-2", "new_tokens-fsdp2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "clusters.json").read_text())["rows"]}
+    assert "new_tokens does not go with FSDP" in rows.pop("new_tokens-fsdp2")["error"]
+    assert len(rows) == 4 and not any("error" in row for row in rows.values())
+    assert all(rows[name]["tokens a second"] > 0 for name in ("one_gpu-1-plain", "ddp-2-plain"))
+    assert rows["ddp-2-plain"]["efficiency"] > 0
+    assert len(rows["float32-ddp-2"]["losses"]) == 20 and rows["float32-ddp-2"]["apart from float32-one_gpu-1"] < 1e-3
