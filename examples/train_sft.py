@@ -61,6 +61,9 @@ class ScriptArguments:
     fill_vocabulary: bool = field(
         default=False, metadata={"help": "fill the vocabulary up to a multiple of 64: faster on a GPU if it is odd"}
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "of the LM: flex_attention is faster on packed rows on a GPU"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the last whole checkpoint, if there is one"})
 
 
@@ -94,6 +97,8 @@ def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
     model = AutoModelForImageTextToText.from_pretrained(
         base or path, dtype=script.dtype, quantization_config=quantization
     )
+    if script.attn_implementation is not None:
+        model.model.text_model.set_attn_implementation(script.attn_implementation)
     if script.fill_vocabulary:
         fill_vocabulary(model)
     if script.compile_layers:

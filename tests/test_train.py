@@ -513,6 +513,13 @@ def test_a_tied_head_has_no_new_rows_of_its_own(make_model):
     assert new_token_rows(make_model(text={"tie_word_embeddings": True})) == {embedding: [259, 258]}
 
 
+def test_the_attention_of_the_lm_is_the_one_that_is_asked_for():
+    given = {"model_name_or_path": str(BASE), "data": ROOT / "examples/records/records.jsonl"}
+    model = train_sft.load_model(train_sft.ScriptArguments(**given, attn_implementation="eager"))
+    assert model.model.text_model.config._attn_implementation == "eager"
+    assert train_sft.load_model(train_sft.ScriptArguments(**given)).config.text_config._attn_implementation == "sdpa"
+
+
 def test_an_adapter_of_a_filled_vocabulary_is_one_over_the_base_as_it_was(tmp_path):
     given = {"model_name_or_path": str(BASE), "data": ROOT / "examples/records/records.jsonl"}
     model = train_sft.load_model(train_sft.ScriptArguments(**given, fill_vocabulary=True)).float()

@@ -5,7 +5,8 @@
 
 `speed`: tokens a second in steady state, peak memory of a GPU by nvidia-smi, and seconds from the launch to the end of
 the first step, at the shape of OpenFlamingo-9B with random bfloat16 weights. A step is four times four rows of 2,048
-tokens on each GPU, a row four dialogues with a picture. `fast` is `--compile_layers true --fill_vocabulary true`.
+tokens on each GPU, a row four dialogues with a picture. `fast` is `--compile_layers true --fill_vocabulary true`, and
+`flex` the same with `--attn_implementation flex_attention`.
 `losses`: the tiny base on the same batches whatever the number of GPUs; with two or four, some have no picture.
 `resume`: a run killed by SIGKILL and resumed. `options`: a few steps of what goes with what. A run that fails is noted
 with its error, and the next one goes on. `clusters.json` holds everything that the folder has results of.
@@ -46,6 +47,7 @@ CONFIGS = ("ddp", "fsdp2", "zero2", "zero3")
 ON_GPUS = torch.cuda.is_available()
 SKIPPED = 3  # steps before the clock runs: torch compiles, and its allocator finds its sizes
 FAST = {"compile_layers": True, "fill_vocabulary": True}
+SETTINGS = {"plain": {}, "fast": FAST, "flex": {**FAST, "attn_implementation": "flex_attention"}}
 SGD = {"dtype": "float32", "bf16": False, "optim": "sgd", "learning_rate": 1, "max_grad_norm": 0.5}
 OPTIONS = {
     "compile_layers": {"compile_layers": True},
@@ -71,10 +73,15 @@ class Case:
     killed: bool = False  # by SIGKILL after the fifth step, and resumed
 
 
-def speed_cases(work: Path, tiny: bool) -> list[Case]:
-    """Each config on each number of GPUs, plain and fast."""
+def speed_cases(work: Path, rows: int, tiny: bool) -> list[Case]:
+    """Each config on each number of GPUs, in each setting."""
     options = {"model_name_or_path": work / "base", "data": work / "large" / "records.jsonl", "max_length": 2048}
-    options |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "max_steps": 9, "packing": True}
+    options |= {
+        "per_device_train_batch_size": 4 * rows,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 9,
+        "packing": True,
+    }
     options |= {"learning_rate": 1e-4, "activation_checkpointing": False, "save_strategy": "no"}
     options |= {"dataloader_num_workers": 4}
     if tiny:
@@ -82,7 +89,7 @@ def speed_cases(work: Path, tiny: bool) -> list[Case]:
     return [
         Case(f"{config}-{n}-{setting}", config, n, {**options, **how}, timed=True)
         for config, n in (("one_gpu", 1), *product(CONFIGS, (2, 4)))
-        for setting, how in (("plain", {}), ("fast", FAST))
+        for setting, how in SETTINGS.items()
     ]
 
 
@@ -300,13 +307,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="CASE", help="names of cases, such as fsdp2-4-fast")
     parser.add_argument("--at-once", type=int, default=4, help="runs of the tiny base at once, which share the cards")
     parser.add_argument("--limit", type=float, default=600, help="seconds for a case")
+    parser.add_argument("--rows", type=int, default=4, help="of 2,048 tokens that a GPU has at once, for speed")
     parser.add_argument("--tiny", action="store_true", help="speed of the tiny base, to see that it runs")
     args = parser.parse_args()
     folder, work = args.output_dir.resolve(), (args.work_dir or args.output_dir).resolve()
     cards = max(1, torch.cuda.device_count())
     folder.mkdir(parents=True, exist_ok=True)
     make_inputs(work, "speed" in args.parts and not args.tiny)
-    cases = {"speed": speed_cases(work, args.tiny), "losses": losses_cases(work), "resume": resume_cases(work)}
+    cases = {
+        "speed": speed_cases(work, args.rows, args.tiny),
+        "losses": losses_cases(work),
+        "resume": resume_cases(work),
+    }
     cases["options"] = options_cases(work)
     for part in args.parts:
         asked = {case.name: case for case in cases[part] if case.processes <= cards or not ON_GPUS}
