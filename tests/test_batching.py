@@ -26,7 +26,7 @@ from modeling_mmgpt.images_mmgpt import compute_image_index
 from modeling_mmgpt.speed import batching
 from modeling_mmgpt.speed.batching import BatchingEngine, check_settings, generate_batch
 from modeling_mmgpt.speed.picture_pool import attended_slots
-from modeling_mmgpt.speed.sampling import choose_by, sampling_numbers
+from modeling_mmgpt.speed.sampling import choose_by, disturb, sampling_numbers
 from processing_mmgpt.evaluation.benchmarks import BENCHMARKS, read_samples
 
 
@@ -319,6 +319,14 @@ def test_sampling_shuts_out_what_the_processors_of_transformers_shut_out():
         warpers += [TopKLogitsWarper(top_k)] if (top_k := one.get("top_k", 50)) else []
         warpers += [TopPLogitsWarper(one["top_p"])] if "top_p" in one else []
         torch.testing.assert_close(found[row], warpers(None, scores[row : row + 1])[0].softmax(-1))
+
+
+def test_the_highest_of_disturbed_scores_is_a_draw_by_their_softmax():
+    scores = torch.tensor([1.0, -torch.inf, 0.0, 2.0]).repeat(50_000, 1)
+    found = disturb(scores).argmax(dim=1).bincount(minlength=4) / 50_000
+    torch.testing.assert_close(found, scores[0].softmax(-1), atol=0.01, rtol=0)
+    one = torch.tensor([[-torch.inf, -7.0, -torch.inf]]).repeat(1000, 1)
+    assert disturb(one).argmax(dim=1).eq(1).all()
 
 
 def test_greedy_among_sampled_requests_is_exact_and_sampled_ones_differ(model, ids, pixels):

@@ -224,6 +224,8 @@ def test_the_data_type_is_float32_on_a_cpu_and_else_the_models_own(device, dtype
 
 # Bars
 
+ALONE = 21  # chats that are alone
+
 # Asks all at once, and tells the replies with the seconds from the first question to the last answer.
 AT_ONCE = """
 import asyncio, json, sys, time
@@ -287,7 +289,7 @@ def test_many_chats_at_once_are_answered_sooner_than_one_after_the_other(tmp_pat
         for client in before, now:
             client.ask(chats(number, 4, 60), True)
         for count in (1, 16, 32):
-            for _ in range(9 if count == 1 else 3):
+            for _ in range(ALONE if count == 1 else 3):
                 number += count
                 asked = chats(number, count, 60)
                 expected, found = before.ask(asked, False), now.ask(asked, True)
@@ -299,6 +301,6 @@ def test_many_chats_at_once_are_answered_sooner_than_one_after_the_other(tmp_pat
     tokens = {name: round(statistics.median(found), 1) for name, found in rates.items()}
     times = {count: tokens[f"{count} at once"] / tokens[f"{count} one after the other"] for count in (1, 16, 32)}
     figures = {"tokens a second": tokens, "times as fast": {str(n): round(t, 2) for n, t in times.items()}}
-    note_results("many", figures | {"chats": 9 + 3 * 48, "equal replies": equal})
-    assert equal == 9 + 3 * 48
-    assert times[16] >= 3 and times[32] >= 4
+    note_results("many", figures | {"chats": ALONE + 3 * 48, "equal replies": equal})
+    assert equal == ALONE + 3 * 48
+    assert times[1] >= 1 / 1.05 and times[16] >= 3 and times[32] >= 4

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..generation_mmgpt import suppress_images
 from .picture_pool import PicturePool
-from .sampling import check_settings, choose_by, sampling_numbers
+from .sampling import check_settings, choose_by, disturb, sampling_numbers
 
 
 ENCODED_AT_ONCE = 16  # pictures; the requests under way wait for them
@@ -64,9 +64,14 @@ class RequestNumbers:
         return arg_storage
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Process the scores `(R, V)` of the next tokens."""
+        """Process the scores `(R, V)` of the next tokens, which are then the highest of each row."""
         scores = scores.index_fill(1, self.suppressed, -torch.inf)
-        return choose_by(scores, *numbers[self.of_pictures :, : len(scores)]) if self.do_sample else scores
+        if not self.do_sample:
+            return scores
+        temperature, top_k, top_p = numbers[self.of_pictures :, : len(scores)]
+        if scores.device.type == "cpu" and not temperature.any():  # an accelerator would have to be waited for
+            return scores
+        return disturb(choose_by(scores, temperature, top_k, top_p))
 
 
 class Admission(queue.Queue):
@@ -141,7 +146,7 @@ class BatchingEngine:
         settings = generation_config.to_diff_dict()
         suppressed = settings.pop("suppress_tokens", None) or []
         self.settings, self.config, self.do_sample = check_settings(settings), model.config, do_sample
-        self.manager = build_manager(model.model.text_model, config, do_sample)
+        self.manager = build_manager(model.model.text_model, config)
         self.pool = PicturePool(model.model, num_slots, max_pictures)
         suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.model.text_model.device)
         self.manager.logit_processor = RequestNumbers(self.pool.max_pictures, do_sample, suppressed)
@@ -373,7 +378,7 @@ def default_config(device: torch.device, at_once: int | None = None, num_tokens:
     return ContinuousBatchingConfig(max_requests_per_batch=at_once, **settings)
 
 
-def build_manager(text_model: PreTrainedModel, config: Any, do_sample: bool) -> Any:
+def build_manager(text_model: PreTrainedModel, config: Any) -> Any:
     """Make transformers' own manager, for the bare LM.
 
     Raises:
@@ -382,7 +387,7 @@ def build_manager(text_model: PreTrainedModel, config: Any, do_sample: bool) -> 
     from transformers import ContinuousBatchingManager
 
     config = default_config(text_model.device) if config is None else config
-    manager = ContinuousBatchingManager(text_model, GenerationConfig(do_sample=do_sample), config)
+    manager = ContinuousBatchingManager(text_model, GenerationConfig(do_sample=False), config)
     if missing := [name for name in ATTRIBUTES if not hasattr(manager, name)]:
         raise ImportError(
             f"ContinuousBatchingManager of transformers {transformers.__version__} has no {', '.join(missing)}, which "

@@ -91,6 +91,7 @@ class PicturePool:
         latents = model.resampler.latents
         self.layers = [KeysValues(latents.new_zeros(shape), latents.new_zeros(shape)) for _ in self.blocks]
         self.chosen: tuple[torch.Tensor, Layers] | None = None
+        self.decoded: tuple[torch.Tensor, Conditioning] | None = None  # of the last step that only added tokens
         self.slots: OrderedDict[Any, int] = OrderedDict((slot, slot) for slot in range(1, 1 + num_slots))
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.marks: dict[tuple, int] = {}  # what makes equal tokens unlike, numbered from 2
@@ -188,7 +189,7 @@ class PicturePool:
         by_frames: dict[int, list[Picture]] = {}
         for picture in pictures:
             by_frames.setdefault(len(picture.pixels), []).append(picture)
-        device, self.chosen = self.layers[0].keys.device, None
+        device, self.chosen, self.decoded = self.layers[0].keys.device, None, None
         for alike in by_frames.values():
             pixels = torch.stack([picture.pixels for picture in alike])[None].to(device)  # (1, M, F, 3, height, width)
             numbers = torch.tensor([[picture.number for picture in alike]], device=device)
@@ -212,9 +213,14 @@ class PicturePool:
             positions: `(T,)`, as for [`attended_slots`].
             is_static: Whether all slots have to be there, for every step to have the same shapes.
         """
-        places, slots = numbers[: 2 * self.max_pictures].chunk(2)
-        if not is_static and not slots.any():
-            return None
+        numbers = numbers[: 2 * self.max_pictures]
+        places, slots = numbers.chunk(2)
+        is_repeatable = not is_static and len(positions) == len(ends) and bool((places < positions).all())
+        if not is_static:
+            if not slots.any():
+                return None
+            if is_repeatable and self.decoded is not None and torch.equal(self.decoded[0], numbers):
+                return self.decoded[1]._replace(record=Record())
         mode = self.model.config.media_attention
         seen, has_images = attended_slots(places, slots, ends, positions, mode, 1 + len(self.slots))
         attends, layers = seen.any(dim=1), Layers(self.layers)
@@ -222,7 +228,7 @@ class PicturePool:
         if not is_static:
             used = seen.any(dim=0).nonzero()[:, 0]
             seen, layers = seen[:, used], self.choose(used)
-        return Conditioning(
+        conditioning = Conditioning(
             image_latents=None,
             attends=attends[None, :, None],
             has_images=has_images[None, :, None],
@@ -230,6 +236,9 @@ class PicturePool:
             cache=layers,
             record=Record(),
         )
+        if is_repeatable:  # behind all their pictures, requests go on seeing them
+            self.decoded = numbers.clone(), conditioning
+        return conditioning
 
     def choose(self, used: torch.Tensor) -> Layers:
         """Keys and values of these slots alone; most steps have those of the step before."""

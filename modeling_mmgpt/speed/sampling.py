@@ -60,8 +60,6 @@ def choose_by(
     Returns:
         `(R, V)`.
     """
-    if scores.device.type == "cpu" and not temperature.any():  # an accelerator would have to be waited for
-        return torch.full_like(scores, -torch.inf).scatter_(1, scores.argmax(dim=1, keepdim=True), 0)
     temperature, top_p = (x.view(torch.float32)[:, None] for x in (temperature, top_p))
     top_k = top_k[:, None].long().clamp(1, scores.shape[1])
     is_greedy = temperature == 0
@@ -73,3 +71,8 @@ def choose_by(
     is_kept &= probabilities.cumsum(dim=1) - probabilities < top_p
     is_kept = torch.zeros_like(is_kept).scatter(1, order, is_kept)
     return scores.where(is_likeliest.where(is_greedy, is_kept), -torch.inf)
+
+
+def disturb(scores: torch.Tensor) -> torch.Tensor:
+    """Add Gumbel noise, with which the highest score is a draw from their softmax; a single finite one stays it."""
+    return scores - torch.empty_like(scores).exponential_().log()
