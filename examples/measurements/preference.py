@@ -19,27 +19,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from quickstart import load
 from scipy.stats import binomtest
+from transformers import PreTrainedModel, ProcessorMixin
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from quickstart import load
 from tiny_world import evaluation
 from tiny_world.dialogue import Example
 from tiny_world.mixture import MIXTURE, example, mixture
 from tiny_world.scenes import CELLS, COLOURS, SHAPES, SIZES
-from transformers import PreTrainedModel, ProcessorMixin
 
 
 EXAMPLES = Path(__file__).parents[1]
 SCENES = 1_000_000  # the seed of the scenes that are tuned on; those of the quickstart and of the questions are small
 QUESTIONS = (201, 202, 203)  # the seeds of the questions
-DOUBTFUL = (0.02, 0.95)  # how likely a right caption is that is learnt: of samples of the others, all earn the same
+DOUBTFUL = (0.02, 0.9)  # how likely a right caption is that is learnt: of samples of the others, all earn the same
 CAPTIONS = 0.7  # of the prompts of GRPO; the others are the replies of other skills that are least sure
 WORDS = 8  # so many captions with one word changed are looked at for the likeliest
-STEPS = {"grpo": 200, "dpo": 120}
+STEPS = {"grpo": 240, "dpo": 150}
 OPTIONS = {
     "grpo": f"""--reward {Path(__file__).resolve()}:in_place --num_generations 8 --per_device_train_batch_size 64
         --max_completion_length 28 --learning_rate 3e-4 --beta 0.0 --scale_rewards none""",
-    "dpo": """--per_device_train_batch_size 16 --learning_rate 1e-4 --beta 0.1 --loss_type sigmoid sft
-        --loss_weights 1.0 1.0""",
+    "dpo": """--per_device_train_batch_size 16 --learning_rate 2e-4 --beta 0.1 --loss_type sigmoid sft
+        --loss_weights 1.0 10.0""",
 }
 OPTIONS_OF_BOTH = """--warmup_steps 10 --lr_scheduler_type cosine --activation_checkpointing false --logging_steps 5
     --save_strategy no --report_to none --dataloader_pin_memory false"""
@@ -194,8 +197,8 @@ def main() -> None:
     parser.add_argument("kind", choices=list(OPTIONS))
     parser.add_argument("--adapter", type=Path, default=Path("outputs/quickstart/adapter"))
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=6_000, help="captions that are drawn")
-    parser.add_argument("--count", type=int, default=300, help="questions of each skill and seed")
+    parser.add_argument("--scenes", type=int, default=4_000, help="captions that are drawn")
+    parser.add_argument("--count", type=int, default=250, help="questions of each skill and seed")
     parser.add_argument("--seed", type=int, default=0, help="of tuning")
     args, options = parser.parse_known_args()
     start = time.perf_counter()
