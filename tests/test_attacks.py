@@ -371,6 +371,7 @@ def test_forty_clients_of_which_a_quarter_is_hostile_and_a_quarter_vanishes(tmp_
     counts, quarter = json.loads(printed), len(memory) // 4
     before, after = statistics.median(memory[quarter : 2 * quarter]), statistics.median(memory[-quarter:])
     figures = {"seconds": SOAK_SECONDS, "clients": 40, "hostile": 10, "vanishing": 10, **counts}
+    figures["engine"] = "many at once"
     figures |= {"memory_mib_second_quarter": round(before), "memory_mib_last_quarter": round(after)}
     note("attacks_soak", figures | {"memory_mib_most": round(max(memory))}, COMMAND)
     assert counts["wrong"] == counts["refused"] == 0 and counts["finished"] > 50 and counts["vanished"] > 20
