@@ -28,7 +28,6 @@ ALLOWED = {
     # Templates.
     "render_jinja_template": "the tiny world, to find the words of its template",
     # Measurements.
-    "_compile_all_devices": "benchmark.py",
     "add_fused_lm_head": "benchmark.py",
     "local_torch_dtype": "benchmark.py",
     "_dynamo": "compile_parts, benchmark.py",

@@ -220,7 +220,7 @@ class PicturePool:
             if not slots.any():
                 return None
             if is_repeatable and self.decoded is not None and torch.equal(self.decoded[0], numbers):
-                return self.decoded[1]._replace(record=Record())
+                return Conditioning(*self.decoded[1][:-1], record=Record())
         mode = self.model.config.media_attention
         seen, has_images = attended_slots(places, slots, ends, positions, mode, 1 + len(self.slots))
         attends, layers = seen.any(dim=1), Layers(self.layers)
