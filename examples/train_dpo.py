@@ -26,6 +26,7 @@ from trl import DPOConfig, DPOTrainer, TrlParser
 from modeling_mmgpt.adapters_mmgpt import load_for_tuning, lora_config
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
 from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
+from modeling_mmgpt.training.launching import check_launch
 from processing_mmgpt.data.annotations import MESSAGES, read_record
 from processing_mmgpt.data.records import field as field_of
 
@@ -68,6 +69,7 @@ class Trainer(FiniteSteps, DPOTrainer):
 
 def tune(script: ScriptArguments, config: DPOConfig) -> None:
     """Load, tune, save adapter and processor."""
+    check_launch(config)
     model = load_for_tuning(script.model_name_or_path, dtype="auto")
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
     peft_config = None

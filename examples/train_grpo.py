@@ -28,6 +28,7 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 from modeling_mmgpt.adapters_mmgpt import load_for_tuning, lora_config
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
 from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
+from modeling_mmgpt.training.launching import check_launch
 from processing_mmgpt import load_instruction_dataset
 from processing_mmgpt.data.recipe import files_of
 
@@ -111,6 +112,7 @@ class Trainer(FiniteSteps, GRPOTrainer):
 
 def tune(script: ScriptArguments, config: GRPOConfig) -> None:
     """Load, tune, save adapter and processor."""
+    check_launch(config)
     model = load_for_tuning(script.model_name_or_path, dtype="auto")
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
     peft_config = None
