@@ -37,6 +37,7 @@ class ScriptArguments:
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub id of the base, or of an adapter to go on with"})
     data: Path = field(metadata={"help": "JSONL file of records with `rejected`"})
+    dtype: str = field(default="auto", metadata={"help": "of the base, such as float32; auto as it was saved"})
     lora_r: int = 16
     lora_alpha: int = 16
     language_mlp: bool = field(default=False, metadata={"help": "adapt the LM's feed-forward as well"})
@@ -70,7 +71,7 @@ class Trainer(FiniteSteps, DPOTrainer):
 def tune(script: ScriptArguments, config: DPOConfig) -> None:
     """Load, tune, save adapter and processor."""
     check_launch(config)
-    model = load_for_tuning(script.model_name_or_path, dtype="auto")
+    model = load_for_tuning(script.model_name_or_path, dtype=script.dtype)
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
     peft_config = None
     if not isinstance(model, PeftModel):

@@ -44,8 +44,8 @@ OPTIONS = {
     "dpo": """--per_device_train_batch_size 16 --learning_rate 2e-4 --beta 0.1 --loss_type sigmoid sft
         --loss_weights 1.0 10.0""",
 }
-OPTIONS_OF_BOTH = """--warmup_steps 10 --lr_scheduler_type cosine --activation_checkpointing false --logging_steps 5
-    --save_strategy no --report_to none --dataloader_pin_memory false"""
+OPTIONS_OF_BOTH = """--dtype float32 --warmup_steps 10 --lr_scheduler_type cosine --activation_checkpointing false
+    --logging_steps 5 --save_strategy no --report_to none --dataloader_pin_memory false"""
 
 
 def in_place(completions: list[list[dict]], answer: list[str], **kwargs) -> list[float]:
@@ -125,10 +125,9 @@ def write_records(kind: str, adapter: Path, count: int, folder: Path) -> Path:
     low, high = DOUBTFUL
     kept = [e for e, p in zip(captions, certainty(captions), strict=True) if low < p < high]
     if kind == "grpo":
-        shares = {skill: share for skill, share in MIXTURE.items() if skill != "caption"}
-        others = [mixture(SCENES, index, shares=shares) for index in range(count)]
+        others = [e for index in range(count) if (e := mixture(SCENES, index)).skill != "caption"]
         sure = certainty(others)
-        least = sorted(range(count), key=sure.__getitem__)[: round(len(kept) * (1 - CAPTIONS) / CAPTIONS)]
+        least = sorted(range(len(others)), key=sure.__getitem__)[: round(len(kept) * (1 - CAPTIONS) / CAPTIONS)]
         kept += [others[index] for index in least]
         more = [{}] * len(kept)
     else:
