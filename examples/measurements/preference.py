@@ -159,7 +159,7 @@ def prefer(before: Path, after: Path, count: int) -> list[dict[str, list[bool]]]
     """Whether the right caption is more likely than a wrong one, the likeliest of them before.
 
     Returns:
-        For each adapter, the captions whose wrong one has another order, and those where it has another word.
+        For each adapter, the captions whose wrong one has another order, those where it has another word, and all.
     """
     asked = [example("caption", seed, index, "test") for seed in QUESTIONS for index in range(count)]
     wrong = nearly_right(*load(before), asked, random.Random(0))
@@ -169,10 +169,8 @@ def prefer(before: Path, after: Path, count: int) -> list[dict[str, list[bool]]]
         model, processor = load(adapter)
         right = likelihoods(model, processor, asked, [e.answer for e in asked])
         won = (right > likelihoods(model, processor, asked, wrong)).tolist()
-        rows = {"preferred to another order": True, "preferred to another word": False}
-        found.append(
-            {name: [w for w, o in zip(won, ordered, strict=True) if o == kind] for name, kind in rows.items()}
-        )
+        rows = {"to another order": [True], "to another word": [False], "preferred": [True, False]}
+        found.append({name: [w for w, o in zip(won, ordered, strict=True) if o in of] for name, of in rows.items()})
     return found
 
 
