@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from processing_mmgpt import MMGPTCollator
 
@@ -169,6 +175,13 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def load(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model and its processor from a folder or a Hub id: in bfloat16 on a GPU, else in float32."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval()
+    return model, AutoProcessor.from_pretrained(path)
+
+
 def main() -> None:
     """Load, answer, classify, score."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -183,10 +196,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(device).eval()
-    processor = AutoProcessor.from_pretrained(args.model)
+    model, processor = load(args.model)
     rows, kept = [], Counter()
     for row in read(args.data / f"{args.split}.jsonl"):
         kept[row["test"]] += 1
@@ -205,7 +215,8 @@ def main() -> None:
         texts = read(args.texts)
         models = {"now": model}
         if args.text:
-            models["before"] = AutoModelForCausalLM.from_pretrained(args.text, dtype=dtype).to(device).eval()
+            lm = AutoModelForCausalLM.from_pretrained(args.text, dtype=model.dtype)
+            models["before"] = lm.to(model.device).eval()
         result["text loss"] = {when: text_loss(one, processor, texts, args.batch_size) for when, one in models.items()}
         result["text questions"] = {when: text_answers(one, processor) for when, one in models.items()}
     args.output_dir.mkdir(parents=True, exist_ok=True)

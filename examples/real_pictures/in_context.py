@@ -15,11 +15,10 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from processing_mmgpt import MMGPTCollator
 
-from .evaluate import interval, is_right, prompt, read
+from .evaluate import interval, is_right, load, prompt, read
 
 
 WORDS = ["dax", "wug", "toma", "fep", "zorp", "blick", "kiki", "lorp", "modi", "vash"]
@@ -107,10 +106,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(device).eval()
-    processor = AutoProcessor.from_pretrained(args.model)
+    model, processor = load(args.model)
     validation, test = (read(args.data / f"{split}.jsonl") for split in ("validation", "test"))
     least, result = max(args.shots) // 2, {}
     for name, examples, asked in (
