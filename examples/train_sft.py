@@ -174,6 +174,7 @@ def main() -> None:
     """Read the options, and have the output folder alone while tuning."""
     parser = TrlParser((ScriptArguments, SFTConfig))
     parser.set_defaults(bf16=torch.cuda.is_available())  # TRL's default is true, which a CPU refuses
+    parser.set_defaults(ddp_find_unused_parameters=False)  # the collator sees to it that there are none
     parser.set_defaults(logging_nan_inf_filter=False)  # it would log another loss in place of one that is not finite
     script, config = parser.parse_args_and_config()
     with one_run(config.output_dir):

@@ -51,7 +51,7 @@ class MMGPTPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MMGPTVisionBlock", "MMGPTGatedCrossAttentionBlock"]
+    _no_split_modules = ["MMGPTGatedCrossAttentionBlock"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -98,10 +98,17 @@ class MMGPTPreTrainedModel(PreTrainedModel):
             module.initialize()
 
     def post_init(self) -> None:
-        """Finish building: of the classes that stay whole on a device, name those here, for FSDP seeks all of them."""
+        """Finish building, and say what stays whole on a device: blocks, layers of the LM, and the tower.
+
+        FSDP gathers each of them at once, and seeks all that are named. The layers of a tower are too small for that:
+        the host would take longer to gather one than the device to compute it.
+        """
         super().post_init()
-        named = getattr(self, "_no_split_modules", ())
-        self._no_split_modules = {type(module).__name__ for module in self.modules()}.intersection(named)
+        tower = self.get_submodule("vision_tower" if isinstance(self, MMGPTModel) else "model.vision_tower")
+        named = set(getattr(self, "_no_split_modules", ()))
+        named = named.difference(type(module).__name__ for module in tower.modules())
+        named = named.intersection(type(module).__name__ for module in self.modules())
+        self._no_split_modules = named | {type(tower).__name__}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -263,19 +263,15 @@ def test_any_part_can_be_offloaded_by_accelerate(make_model, ids, pixels, tmp_pa
         assert torch.equal(model(**batch).logits, expected)
 
 
-def test_the_blocks_of_the_tower_stay_whole_on_a_device(make_model):
-    model = make_model()
-    names = {type(module).__name__ for module in model.modules()}
-    assert {"MMGPTVisionBlock", "MMGPTGatedCrossAttentionBlock"} <= set(model._no_split_modules) & names
-
-
 @pytest.mark.parametrize("kind", ["ours", "clip", "siglip"])
-def test_accelerate_finds_all_that_stays_whole(make_model, kind):
-    """FSDP fails at the name of a class that is not in the model."""
+def test_the_tower_stays_whole_on_a_device_and_all_that_is_named_is_there(make_model, kind):
+    """FSDP makes a unit of each class that is named, and fails at the name of one that is not in the model."""
     model = make_model(**other_tower(kind))
     names = {type(module).__name__ for module in model.modules()}
-    assert "MMGPTGatedCrossAttentionBlock" in model._no_split_modules <= names
-    assert any(type(block).__name__ in model._no_split_modules for block in model.model.vision_tower.modules())
+    tower, *parts = model.model.vision_tower.modules()
+    assert {"MMGPTGatedCrossAttentionBlock", "LlamaDecoderLayer", type(tower).__name__} == model._no_split_modules
+    assert model._no_split_modules <= names
+    assert model._no_split_modules.isdisjoint(type(part).__name__ for part in parts)
 
 
 def test_a_tower_is_not_drawn_where_zero_3_has_taken_it_apart(monkeypatch):

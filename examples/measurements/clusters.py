@@ -4,9 +4,9 @@
     python examples/measurements/clusters.py --output-dir outputs/clusters --parts speed --only ddp-4-fast fsdp2-4-fast
 
 `speed`: tokens a second in steady state, peak memory of a GPU by nvidia-smi, and seconds from the launch to the end of
-the first step, at the shape of OpenFlamingo-9B with random bfloat16 weights. A step is four times four rows of 2,048
-tokens on each GPU, a row four dialogues with a picture. `fast` is `--compile_layers true --fill_vocabulary true`, and
-`flex` the same with `--attn_implementation flex_attention`.
+the first step, at the shape of OpenFlamingo-9B with random bfloat16 weights. A step is four times five rows of 2,048
+tokens on each GPU, a row four dialogues with a picture. `fast` is `--compile_layers true --fill_vocabulary true
+--attn_implementation flex_attention`.
 `losses`: the tiny base on the same batches whatever the number of GPUs; with two or four, some have no picture.
 `resume`: a run killed by SIGKILL and resumed. `options`: a few steps of what goes with what. A run that fails is noted
 with its error, and the next one goes on. `clusters.json` holds everything that the folder has results of.
@@ -44,10 +44,11 @@ EXAMPLES = Path(__file__).parents[1]
 TINY_BASE = EXAMPLES / "tiny_world" / "base"
 PARTS = ("speed", "losses", "resume", "options")
 CONFIGS = ("ddp", "fsdp2", "zero2", "zero3")
+FOR_SPEED = (*CONFIGS, "fsdp2_gathered")
 ON_GPUS = torch.cuda.is_available()
 SKIPPED = 3  # steps before the clock runs: torch compiles, and its allocator finds its sizes
-FAST = {"compile_layers": True, "fill_vocabulary": True}
-SETTINGS = {"plain": {}, "fast": FAST, "flex": {**FAST, "attn_implementation": "flex_attention"}}
+FLEX = {"attn_implementation": "flex_attention"}
+SETTINGS = {"plain": {}, "fast": {"compile_layers": True, "fill_vocabulary": True, **FLEX}}
 SGD = {"dtype": "float32", "bf16": False, "optim": "sgd", "learning_rate": 1, "max_grad_norm": 0.5}
 OPTIONS = {
     "compile_layers": {"compile_layers": True},
@@ -56,6 +57,7 @@ OPTIONS = {
     "load_in_4bit": {"load_in_4bit": True},
     "cache_pictures": {"cache_pictures": True},
     "samples": {"eval_rows": 8, "eval_strategy": "steps", "eval_steps": 2, "samples": 2},
+    "packing": {"packing": True, "max_length": 128, **FLEX},
     "activation_checkpointing": {"activation_checkpointing": True},
 }
 
@@ -88,7 +90,7 @@ def speed_cases(work: Path, rows: int, tiny: bool) -> list[Case]:
         options |= {**tiny_options(work), "max_length": 256, "per_device_train_batch_size": 4, "max_steps": 6}
     return [
         Case(f"{config}-{n}-{setting}", config, n, {**options, **how}, timed=True)
-        for config, n in (("one_gpu", 1), *product(CONFIGS, (2, 4)))
+        for config, n in (("one_gpu", 1), *product(FOR_SPEED, (2, 4)))
         for setting, how in SETTINGS.items()
     ]
 
@@ -134,15 +136,15 @@ def make_inputs(work: Path, large: bool) -> None:
         make_data(work / "tiny", 96, length=64, side=48, every=4)
         make_parts(work)
     if large and not (work / "large").exists():
-        make_data(work / "large", 512, length=512, side=OPEN_FLAMINGO_9B.side, every=512)
+        make_data(work / "large", 480, length=512, side=OPEN_FLAMINGO_9B.side, every=480, times=6)
     if large and not (work / "base").exists():
         maker = multiprocessing.get_context("spawn").Process(target=make_base, args=(work / "base",))
         maker.start()  # a process of its own, which leaves nothing on the card
         maker.join()
 
 
-def make_data(folder: Path, number: int, length: int, side: int, every: int) -> None:
-    """Write dialogues of exactly so many tokens: `every` of them with a picture, as many without, and so on."""
+def make_data(folder: Path, number: int, length: int, side: int, every: int, times: int = 1) -> None:
+    """Write dialogues of exactly so many tokens: `every` of them with a picture, as many without; all of it `times`."""
     processor = MMGPTProcessor.from_pretrained(TINY_BASE)
     tokens = processor.tokenizer.get_vocab()
     words = sorted(f" {token[1:]}" for token in tokens if token[0] == "▁" and token[1:].isalpha())  # a token each
@@ -156,7 +158,7 @@ def make_data(folder: Path, number: int, length: int, side: int, every: int) -> 
         room = length - len(encode({"messages": dialogue("", "", len(picture)), "images": pixels}).input_ids)
         asked, said = ("".join(rng.choices(words, k=k)) for k in (room // 2, room - room // 2))
         records.append(json.dumps({"messages": dialogue(asked, said, len(picture)), "images": picture}))
-    (folder / "records.jsonl").write_text("\n".join(records) + "\n")
+    (folder / "records.jsonl").write_text("\n".join(records * times) + "\n")
 
 
 def dialogue(asked: str, said: str, pictures: int) -> list[dict]:
@@ -273,7 +275,7 @@ def table(folder: Path) -> dict:
     for name, row in rows.items():
         kind, _, rest = name.partition("-")
         one = rows.get(f"one_gpu-1-{rest.split('-')[-1]}", {})
-        if "tokens a second" in row and "tokens a second" in one and kind in ("one_gpu", *CONFIGS):
+        if "tokens a second" in row and "tokens a second" in one and kind in ("one_gpu", *FOR_SPEED):
             row["efficiency"] = round(row["tokens a second"] / row["processes"] / one["tokens a second"], 3)
         others = [f"{name}-whole", f"{kind}-one_gpu-1", f"{kind}-ddp"]
         other = next((rows[other] for other in others if other in rows), row)
@@ -307,7 +309,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="CASE", help="names of cases, such as fsdp2-4-fast")
     parser.add_argument("--at-once", type=int, default=4, help="runs of the tiny base at once, which share the cards")
     parser.add_argument("--limit", type=float, default=600, help="seconds for a case")
-    parser.add_argument("--rows", type=int, default=4, help="of 2,048 tokens that a GPU has at once, for speed")
+    parser.add_argument("--rows", type=int, default=5, help="of 2,048 tokens that a GPU has at once, for speed")
     parser.add_argument("--tiny", action="store_true", help="speed of the tiny base, to see that it runs")
     args = parser.parse_args()
     folder, work = args.output_dir.resolve(), (args.work_dir or args.output_dir).resolve()

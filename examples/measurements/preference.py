@@ -35,7 +35,7 @@ EXAMPLES = Path(__file__).parents[1]
 SCENES = 1_000_000  # the seed of the scenes that are tuned on; those of the quickstart and of the questions are small
 QUESTIONS = (201, 202, 203)  # the seeds of the questions
 DOUBTFUL = (0.02, 0.9)  # how likely a right caption is that is learnt: of samples of the others, all earn the same
-CAPTIONS = 0.7  # of the prompts of GRPO; the others are the replies of other skills that are least sure
+CAPTIONS = 0.7  # of the records; the others are the replies of other skills that are least sure
 WORDS = 8  # so many captions with one word changed are looked at for the likeliest
 STEPS = {"grpo": 240, "dpo": 150}
 OPTIONS = {
@@ -123,15 +123,18 @@ def write_records(kind: str, adapter: Path, count: int, folder: Path) -> Path:
 
     captions = [example("caption", SCENES, index) for index in range(count)]
     low, high = DOUBTFUL
-    kept = [e for e, p in zip(captions, certainty(captions), strict=True) if low < p < high]
-    if kind == "grpo":
-        others = [e for index in range(count) if (e := mixture(SCENES, index)).skill != "caption"]
-        sure = certainty(others)
-        least = sorted(range(len(others)), key=sure.__getitem__)[: round(len(kept) * (1 - CAPTIONS) / CAPTIONS)]
-        kept += [others[index] for index in least]
-        more = [{}] * len(kept)
-    else:
-        more = [{"rejected": caption} for caption in nearly_right(model, processor, kept, random.Random(SCENES))]
+    captions = [e for e, p in zip(captions, certainty(captions), strict=True) if low < p < high]
+    others = [e for index in range(count) if (e := mixture(SCENES, index)).skill != "caption"]
+    sure = certainty(others)
+    least = sorted(range(len(others)), key=sure.__getitem__)[: round(len(captions) * (1 - CAPTIONS) / CAPTIONS)]
+    kept = captions + [others[index] for index in least]
+    more = [{}] * len(kept)
+    if kind == "dpo":
+        rng = random.Random(SCENES)
+        wrong = nearly_right(model, processor, captions, rng)
+        for e in kept[len(captions) :]:
+            wrong.append(rng.choice([o.answer for o in others if o.skill == e.skill and o.answer != e.answer]))
+        more = [{"rejected": reply} for reply in wrong]
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (shown, fields) in enumerate(zip(kept, more, strict=True)):
