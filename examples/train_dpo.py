@@ -28,6 +28,7 @@ from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoin
 from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
 from modeling_mmgpt.training.launching import check_launch
 from processing_mmgpt.data.annotations import MESSAGES, read_record
+from processing_mmgpt.data.records import check_no_video
 from processing_mmgpt.data.records import field as field_of
 
 
@@ -48,7 +49,7 @@ def read_pairs(path: Path) -> Dataset:
     """Read records as TRL wants preferences: `prompt`, `chosen` and `rejected` as messages, and `images`.
 
     Raises:
-        ValueError: If a record cannot be read or does not end with a reply; with its line.
+        ValueError: If a record cannot be read, does not end with a reply or has a video; with its line.
     """
     pairs = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -57,6 +58,7 @@ def read_pairs(path: Path) -> Dataset:
             *prompt, chosen = (read := read_record(record, MESSAGES, str(path.parent), random.Random(0)))["messages"]
             if chosen["role"] != "assistant":
                 raise ValueError("The record does not end with a reply.")
+            check_no_video(read["images"], "The record")
             rejected = {"role": "assistant", "content": [{"type": "text", "text": field_of(record, "rejected", str)}]}
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error

@@ -31,6 +31,7 @@ from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
 from modeling_mmgpt.training.launching import check_launch
 from processing_mmgpt import load_instruction_dataset
 from processing_mmgpt.data.recipe import files_of
+from processing_mmgpt.data.records import check_no_video
 
 
 @dataclass
@@ -72,7 +73,7 @@ def prompts(path: Path, seed: int) -> Dataset:
     """Open records as TRL wants prompts: what comes before the last reply, the pictures, and the reply as `answer`.
 
     Raises:
-        ValueError: If the data are streamed, which GRPO cannot repeat, or end without a reply.
+        ValueError: If the data are streamed, which GRPO cannot repeat, end without a reply, or have a video.
     """
     data = load_instruction_dataset(path, seed)
     if isinstance(data, IterableDataset):
@@ -83,6 +84,7 @@ def prompts(path: Path, seed: int) -> Dataset:
         for index, record in zip(rows["index"], records, strict=True):
             if record["messages"][-1]["role"] != "assistant":
                 raise ValueError(f"Row {index} of {path} does not end with a reply.")
+            check_no_video(record["images"], f"Row {index} of {path}")
         return {
             "prompt": [record["messages"][:-1] for record in records],
             "images": [record["images"] for record in records],

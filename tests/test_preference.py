@@ -124,6 +124,13 @@ def test_streamed_prompts_are_refused(tmp_path):
         train_grpo.prompts(recipe, 0)
 
 
+@pytest.mark.parametrize("video", [{"type": "video", "video": "clip.mp4"}, ["colour.png", "colour.png"]])
+def test_prompts_with_a_video_are_refused(tmp_path, video):
+    data, _ = records(tmp_path / "records", 0, images=[video])
+    with pytest.raises(ValueError, match="Row 0 of .* has a video"):
+        train_grpo.prompts(data, 0)[0]
+
+
 def test_rewards_are_those_of_the_words():
     def reply(text):
         return [{"role": "assistant", "content": text}]
@@ -148,6 +155,7 @@ def test_preferences_about_pictures_and_text_are_learnt(tmp_path):
         ({"rejected": 3, "images": []}, "line 1"),
         ({"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}, "line 1"),
         ({"rejected": "x", "images": ["../secret.png"]}, "leaves the image root"),
+        ({"rejected": "x", "images": [["colour.png", "colour.png"]]}, "has a video"),
     ],
 )
 def test_a_pair_that_cannot_be_read_is_named_with_its_line(tmp_path, change, problem):

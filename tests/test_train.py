@@ -391,6 +391,7 @@ def test_one_gpu_is_one_where_a_host_has_several():
     ("asked", "way", "said"),
     [
         ({"new_tokens": True}, "FSDP", "new_tokens does not go with FSDP"),
+        ({"new_tokens": True}, "ZeRO-3", "new_tokens does not go with ZeRO-3"),
         ({"cache_pictures": True}, "ZeRO-3", "cache_pictures does not go with ZeRO-3"),
         ({}, "DataParallel", "One process sees 2 GPUs"),
     ],

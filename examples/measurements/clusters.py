@@ -144,7 +144,7 @@ def make_inputs(work: Path, large: bool) -> None:
 
 
 def make_data(folder: Path, number: int, length: int, side: int, every: int, times: int = 1) -> None:
-    """Write dialogues of exactly so many tokens: `every` of them with a picture, as many without; all of it `times`."""
+    """Write dialogues of exactly so many tokens, all `times`: `every` with a picture, as many without, and so on."""
     processor = MMGPTProcessor.from_pretrained(TINY_BASE)
     tokens = processor.tokenizer.get_vocab()
     words = sorted(f" {token[1:]}" for token in tokens if token[0] == "▁" and token[1:].isalpha())  # a token each
@@ -172,6 +172,7 @@ def make_base(folder: Path) -> None:
     model, processor = build("mmgpt", OPEN_FLAMINGO_9B), MMGPTProcessor.from_pretrained(TINY_BASE)
     processor.image_processor.size = OPEN_FLAMINGO_9B.side
     model.config.image_token_id = processor.image_token_id
+    model.generation_config.suppress_tokens = [processor.image_token_id]
     model.config.end_of_chunk_token_id = processor.tokenizer.convert_tokens_to_ids("<|endofchunk|>")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -37,10 +37,10 @@ QUESTIONS = (201, 202, 203)  # the seeds of the questions
 DOUBTFUL = (0.02, 0.9)  # how likely a right caption is that is learnt: of samples of the others, all earn the same
 CAPTIONS = 0.7  # of the records; the others are the replies of other skills that are least sure
 WORDS = 8  # so many captions with one word changed are looked at for the likeliest
-STEPS = {"grpo": 240, "dpo": 150}
+STEPS = {"grpo": 270, "dpo": 150}
 OPTIONS = {
     "grpo": f"""--reward {Path(__file__).resolve()}:in_place --num_generations 8 --per_device_train_batch_size 64
-        --max_completion_length 28 --learning_rate 3e-4 --beta 0.0 --scale_rewards none""",
+        --max_completion_length 28 --temperature 1.3 --learning_rate 3e-4 --beta 0.0 --scale_rewards none""",
     "dpo": """--per_device_train_batch_size 16 --learning_rate 2e-4 --beta 0.1 --loss_type sigmoid sft
         --loss_weights 1.0 10.0""",
 }

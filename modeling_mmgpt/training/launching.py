@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 NO_ROWS = "DeepSpeed keeps gradients to itself, so the rows of new tokens cannot be chosen"
 REFUSED = {
     ("new_tokens", "FSDP"): "PEFT would put new rows that are taken apart into a weight that is whole",
+    ("new_tokens", "ZeRO-3"): "PEFT makes a head with the new rows, and TRL's loss wants the one that DeepSpeed holds",
     ("cache_pictures", "ZeRO-3"): "the tower is taken apart before it has encoded a picture",
     ("train_base.py", "ZeRO-2"): NO_ROWS,
     ("train_base.py", "ZeRO-3"): NO_ROWS,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ..messages_mmgpt import Video
+
 
 Record = dict[str, Any]
 
@@ -56,3 +58,13 @@ def path_field(record: Record, name: str) -> str:
     if not value:
         raise ValueError(f"The field {name!r} is empty.")
     return value
+
+
+def check_no_video(images: list, where: str) -> None:
+    """Raise if a record has a video: TRL's trainers for rewards and preferences lose how many frames each has.
+
+    Raises:
+        ValueError: With `where` it is.
+    """
+    if any(isinstance(image, Video | list) for image in images):
+        raise ValueError(f"{where} has a video: rewards and preferences are learnt from pictures and text alone.")
