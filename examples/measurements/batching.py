@@ -2,11 +2,14 @@
 
     python examples/measurements/batching.py --shape 9b --output batching.json     # one GPU, in less than four minutes
     python examples/measurements/batching.py --shape tiny --chats 1 8 32           # a CPU
+    python examples/measurements/batching.py --shape 9b --settings --chats --questions 192   # one GPU, in two minutes
     python examples/measurements/batching.py --draw batching.json --output batching.png
 
 Weights are random. A chat is 128 tokens with a picture of its own and a reply of 64; N of them come at the same time.
 Each setting prints a line of JSON for each N: tokens a second of all replies, and for streamed replies the times to
 the first token and between tokens, in ms, as the caller sees them. A setting that fails prints why, and the next runs.
+`--questions 192` asks so many of 60 to 200 tokens, whose replies have 4 to 128, of the engine with its own settings,
+and in padded batches of 32: the two ways of `evaluate_benchmark.py`.
 """
 
 import argparse
@@ -24,7 +27,8 @@ from benchmark_models import DEVICE, DTYPE, OPEN_FLAMINGO_9B, TINY_BASE, Shape, 
 from torch import nn
 from transformers import ContinuousBatchingConfig
 
-from modeling_mmgpt.speed.batching import BatchingEngine
+from modeling_mmgpt.speed.batching import BatchingEngine, default_config
+from processing_mmgpt.processing_mmgpt import pad_rows
 
 
 SHAPES = {"9b": OPEN_FLAMINGO_9B, "tiny": TINY_BASE}
@@ -38,6 +42,7 @@ SETTINGS = {
 }
 PAGE = 64  # tokens
 LONGEST = 120  # seconds for all chats
+PADDED = 32  # questions in a padded batch
 SEQUENTIAL = 4  # chats that are generated one after the other; more would take as long each
 
 
@@ -156,6 +161,60 @@ def measure_sequential(model: nn.Module, shape: Shape, args: argparse.Namespace)
     return rows
 
 
+# Questions, whose replies end at different times
+
+
+def questions(shape: Shape, number: int, seed: int) -> list[dict]:
+    """Make requests of 60 to 200 tokens with a picture each; their replies have 4 to 128, half of them 24 at most."""
+    generator = torch.Generator().manual_seed(seed)
+    said = torch.randn(number, generator=generator).mul(0.8).add(3.2).exp().clamp(4, 128).round().long().tolist()
+    asked = torch.randint(60, 201, (number,), generator=generator).tolist()
+    whole = chats(shape, number, 200)
+    return [
+        {"input_ids": row["input_ids"][:, :long], "pixel_values": row["pixel_values"], "max_new_tokens": new}
+        for row, long, new in zip(whole, asked, said, strict=True)
+    ]
+
+
+def generate_padded(model: nn.Module, requests: list[dict]) -> None:
+    """Generate the replies of one padded batch; it lasts as long as its longest."""
+    ids = [request["input_ids"][0].tolist() for request in requests]
+    width, new = max(map(len, ids)), max(request["max_new_tokens"] for request in requests)
+    batch = {
+        "input_ids": torch.tensor(pad_rows(ids, 0, "left", width)),
+        "attention_mask": torch.tensor(pad_rows([[1] * len(row) for row in ids], 0, "left", width)),
+        "pixel_values": torch.cat([request["pixel_values"] for request in requests]),
+    }
+    batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+    model.generate(**batch, do_sample=False, max_new_tokens=new, min_new_tokens=new)
+
+
+def measure_questions(model: nn.Module, shape: Shape, number: int) -> list[dict]:
+    """Time questions by the engine, twice, for it builds its graphs the first time, and in padded batches."""
+    rows = []
+
+    def note(how: str, requests: list[dict], seconds: float) -> None:
+        tokens = sum(request["max_new_tokens"] for request in requests)
+        row = {"questions": number, "setting": how, "seconds": round(seconds, 2)}
+        rows.append(row | {"tokens": tokens, "tokens_s": round(tokens / seconds, 1)})
+        print(json.dumps(rows[-1]), flush=True)
+
+    with BatchingEngine(model, config=default_config(torch.device(DEVICE)), do_sample=False) as engine:
+        for seed, how in enumerate(("the engine, its first questions", "the engine, other questions")):
+            requests = questions(shape, number, seed)
+            start = time.perf_counter()
+            list(engine.generate([request | {"eos_token_id": -1} for request in requests]))
+            note(how, requests, time.perf_counter() - start)
+    requests = questions(shape, number, seed=0)
+    generate_padded(model, [request | {"max_new_tokens": 3} for request in requests[:PADDED]])  # warms up
+    start = time.perf_counter()
+    for first in range(0, number, PADDED):
+        generate_padded(model, requests[first : first + PADDED])
+    synchronize()
+    note(f"padded batches of {PADDED}", requests, time.perf_counter() - start)
+    return rows
+
+
 def draw(result: dict, path: Path) -> None:
     """Draw tokens a second, and times to the first token and between tokens, over the chats at once."""
     from matplotlib.figure import Figure
@@ -188,11 +247,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS) if DEVICE == "cuda" else ["plain"]
+        "--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS) if DEVICE == "cuda" else ["plain"]
     )
-    parser.add_argument("--chats", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--chats", type=int, nargs="*", default=[1, 8, 32, 128])
     parser.add_argument("--tokens", type=int, default=128, help="of a prompt")
     parser.add_argument("--new_tokens", type=int, default=64, help="of a reply")
+    parser.add_argument("--questions", type=int, default=0, help="also time so many questions of other lengths")
     parser.add_argument("--profile", action="store_true", help="also print what takes the time of the most chats")
     parser.add_argument("--draw", type=Path, help="measure nothing: draw such a JSON file to the output, a PNG")
     parser.add_argument("--output", type=Path, help="a JSON file")
@@ -210,9 +270,12 @@ def main() -> None:
     print(json.dumps(result), flush=True)
     model = build("mmgpt", SHAPES[args.shape])
     print(f"built after {time.perf_counter() - began:.1f} s", flush=True)
-    for setting in (*args.settings, "one after the other"):
+    alone, mixed = ["one after the other"] * bool(args.chats), ["questions"] * bool(args.questions)
+    for setting in (*args.settings, *alone, *mixed):
         try:
-            if setting == "one after the other":
+            if setting == "questions":
+                result["rows"] += measure_questions(model, SHAPES[args.shape], args.questions)
+            elif setting == "one after the other":
                 result["rows"] += measure_sequential(model, SHAPES[args.shape], args)
             else:
                 result["rows"] += measure_engine(model, SHAPES[args.shape], setting, args)
