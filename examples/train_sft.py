@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from modeling_mmgpt.adapters_mmgpt import base_of, lora_config, quantization_config, show_head_bias
+from modeling_mmgpt.adapters_mmgpt import load_for_tuning, lora_config, quantization_config, show_head_bias
 from modeling_mmgpt.speed.compiling import compile_parts, fill_vocabulary
 from modeling_mmgpt.training.checkpoints import WholeCheckpoints, last_checkpoint, one_run
 from modeling_mmgpt.training.finite import FiniteSteps, avoid_cudnn_attention
@@ -91,19 +91,17 @@ def split_data(script: ScriptArguments, config: SFTConfig) -> tuple[Dataset | It
 
 def load_model(script: ScriptArguments) -> PreTrainedModel | PeftModel:
     """Load the base, or an adapter over its base, to be trained further."""
-    path = script.model_name_or_path
-    base = base_of(path)
+
+    def prepare(model: PreTrainedModel) -> None:
+        if script.attn_implementation is not None:
+            model.model.text_model.set_attn_implementation(script.attn_implementation)
+        if script.fill_vocabulary:
+            fill_vocabulary(model)
+        if script.compile_layers:
+            compile_parts(model)
+
     quantization = quantization_config() if script.load_in_4bit else None
-    model = AutoModelForImageTextToText.from_pretrained(
-        base or path, dtype=script.dtype, quantization_config=quantization
-    )
-    if script.attn_implementation is not None:
-        model.model.text_model.set_attn_implementation(script.attn_implementation)
-    if script.fill_vocabulary:
-        fill_vocabulary(model)
-    if script.compile_layers:
-        compile_parts(model)
-    return PeftModel.from_pretrained(model, path, is_trainable=True) if base else model
+    return load_for_tuning(script.model_name_or_path, prepare, dtype=script.dtype, quantization_config=quantization)
 
 
 def cache_pictures(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,11 +96,15 @@ def new_token_rows(model: MMGPTForConditionalGeneration) -> dict[str, list[int]]
     return {name: rows for name, module in model.named_modules() if module in modules}
 
 
-def base_of(path: str | os.PathLike) -> str | None:
-    """Check that an adapter to be tuned further fits its base, and name the base; `None` for a whole model.
+def load_for_tuning(
+    path: str | os.PathLike, prepare: Callable[[PreTrainedModel], None] | None = None, **kwargs
+) -> PreTrainedModel | peft.PeftModel:
+    """Load a whole model, or an adapter over its base, to be trained further.
 
     Args:
-        path: Folder or Hub id of an adapter or of a whole model.
+        path: Folder or Hub id.
+        prepare: What is done to the base before the adapter is put over it.
+        **kwargs: Arguments of `from_pretrained` for the base.
 
     Raises:
         ValueError: If the adapter does not fit its base, see [`check_adapter`].
@@ -107,24 +112,13 @@ def base_of(path: str | os.PathLike) -> str | None:
     try:
         base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
     except ValueError:  # PEFT's word for no adapter; what is wrong with a whole model, its loading says
-        return None
-    check_adapter(path, AutoConfig.from_pretrained(base))
-    return base
-
-
-def load_for_tuning(path: str | os.PathLike, **kwargs) -> PreTrainedModel | peft.PeftModel:
-    """Load a whole model, or an adapter over its base, to be trained further.
-
-    Args:
-        path: Folder or Hub id.
-        **kwargs: Arguments of `from_pretrained` for the base.
-
-    Raises:
-        ValueError: If the adapter does not fit its base.
-    """
-    base = base_of(path)
+        base = None
+    if base is not None:
+        check_adapter(path, AutoConfig.from_pretrained(base))
     model = MMGPTForConditionalGeneration.from_pretrained(base or path, **kwargs)
-    return peft.PeftModel.from_pretrained(model, path, is_trainable=True) if base else model
+    if prepare is not None:
+        prepare(model)
+    return model if base is None else peft.PeftModel.from_pretrained(model, path, is_trainable=True)
 
 
 def check_adapter(adapter: str | os.PathLike, config: MMGPTConfig) -> None:
