@@ -100,8 +100,8 @@ class MMGPTPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Finish building, and say what stays whole on a device: blocks, layers of the LM, and the tower.
 
-        FSDP gathers each of them at once, and seeks all that are named. The layers of a tower are too small for that:
-        the host would take longer to gather one than the device to compute it.
+        FSDP gathers each of them as one, and fails at a name that it does not find. The layers of a tower are small,
+        and gathering one takes the host time: so the tower is gathered whole.
         """
         super().post_init()
         tower = self.get_submodule("vision_tower" if isinstance(self, MMGPTModel) else "model.vision_tower")

@@ -19,7 +19,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 from starlette.testclient import TestClient
 from test_image_files import data_url
-from test_serving import serving, text_part, user
+from test_serving import ROOT, serving, text_part, user
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_mmgpt.speed import batching
@@ -304,3 +304,21 @@ def test_many_chats_at_once_are_answered_sooner_than_one_after_the_other(tmp_pat
     note_results("many", figures | {"chats": ALONE + 3 * 48, "equal replies": equal})
     assert equal == ALONE + 3 * 48
     assert times[1] >= 1 / 1.05 and times[16] >= 3 and times[32] >= 4
+
+
+@pytest.mark.bars
+def test_the_program_that_times_chats_asks_all_of_them(tmp_path):
+    options = ["--chats", "1", "5", "--tokens", "8", "--rounds", "1"]
+    with serving(BASE, tmp_path / "server") as server:
+        done = subprocess.run(
+            [sys.executable, "examples/measurements/serving.py", *options, f"{server[0]}/v1"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        told = httpx.get(f"{server[0]}/metrics").text
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["chats"] for row in rows] == [1, 5] and rows[1]["tokens_s"] > rows[0]["tokens_s"] > 0
+    assert all(0 < row["between_ms"][0] <= row["between_ms"][1] < row["first_ms"][0] for row in rows)
+    assert "mmgpt_first_token_seconds_count 12.0" in told
