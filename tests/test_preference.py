@@ -5,12 +5,13 @@ import random
 import re
 import shutil
 
+import preference
 import pytest
 import torch
 import train_dpo
 import train_grpo
 from conftest import BASE, note_results
-from preference import WORDS, in_another_order, in_place, likelihoods, nearly_right, with_another_word
+from preference import WORDS, in_another_order, in_place, likelihoods, nearly_right, with_another_word, write_records
 from quickstart import load
 from safetensors.torch import load_file
 from test_examples import ROOT, run
@@ -186,6 +187,16 @@ def test_the_likeliest_of_the_wrong_captions_is_rejected():
         assert found in wrong
         among = likelihoods(model, processor, [e] * len(wrong), wrong)
         assert among[wrong.index(found)] == pytest.approx(among.max().item(), abs=1e-3)
+
+
+def test_pairs_are_of_captions_and_of_other_skills(tmp_path, monkeypatch):
+    monkeypatch.setattr(preference, "DOUBTFUL", (0.0, 1.0))
+    rows = [json.loads(line) for line in write_records("dpo", BASE, 12, tmp_path).read_text().splitlines()]
+    replies = [row["messages"][-1]["content"][0]["text"] for row in rows]
+    assert len(rows) == 12 + 5 and all(row["rejected"] != reply for row, reply in zip(rows, replies, strict=True))
+    captions = [row["rejected"].count(",") == reply.count(",") for row, reply in zip(rows, replies, strict=True)]
+    assert all(captions[:12]) and all((tmp_path / name).exists() for row in rows for name in row["images"])
+    assert len(train_dpo.read_pairs(tmp_path / "records.jsonl")) == len(rows)
 
 
 def test_the_likelihood_is_that_of_the_last_reply_alone():

@@ -37,7 +37,8 @@ QUESTIONS = (201, 202, 203)  # the seeds of the questions
 DOUBTFUL = (0.02, 0.9)  # how likely a right caption is that is learnt: of samples of the others, all earn the same
 CAPTIONS = 0.7  # of the records; the others are the replies of other skills that are least sure
 WORDS = 8  # so many captions with one word changed are looked at for the likeliest
-STEPS = {"grpo": 270, "dpo": 150}
+DRAWN = {"grpo": 4_000, "dpo": 8_000}  # captions, of which about a third are doubtful
+STEPS = {"grpo": 270, "dpo": 260}
 OPTIONS = {
     "grpo": f"""--reward {Path(__file__).resolve()}:in_place --num_generations 8 --per_device_train_batch_size 64
         --max_completion_length 28 --temperature 1.3 --learning_rate 3e-4 --beta 0.0 --scale_rewards none""",
@@ -125,6 +126,7 @@ def write_records(kind: str, adapter: Path, count: int, folder: Path) -> Path:
     low, high = DOUBTFUL
     captions = [e for e, p in zip(captions, certainty(captions), strict=True) if low < p < high]
     others = [e for index in range(count) if (e := mixture(SCENES, index)).skill != "caption"]
+    others = [e for e in others if any(o.skill == e.skill and o.answer != e.answer for o in others)]
     sure = certainty(others)
     least = sorted(range(len(others)), key=sure.__getitem__)[: round(len(captions) * (1 - CAPTIONS) / CAPTIONS)]
     kept = captions + [others[index] for index in least]
@@ -197,12 +199,12 @@ def main() -> None:
     parser.add_argument("kind", choices=list(OPTIONS))
     parser.add_argument("--adapter", type=Path, default=Path("outputs/quickstart/adapter"))
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=4_000, help="captions that are drawn")
+    parser.add_argument("--scenes", type=int, help="captions that are drawn")
     parser.add_argument("--count", type=int, default=250, help="questions of each skill and seed")
     parser.add_argument("--seed", type=int, default=0, help="of tuning")
     args, options = parser.parse_known_args()
     start = time.perf_counter()
-    data = write_records(args.kind, args.adapter, args.scenes, args.output_dir / "data")
+    data = write_records(args.kind, args.adapter, args.scenes or DRAWN[args.kind], args.output_dir / "data")
     print(f"{len(data.read_text().splitlines())} records after {time.perf_counter() - start:.0f} s", flush=True)
     tuned = args.output_dir / "adapter"
     command = [sys.executable, EXAMPLES / f"train_{args.kind}.py", "--model_name_or_path", args.adapter]
