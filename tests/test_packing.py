@@ -78,6 +78,19 @@ def test_each_document_is_computed_as_if_alone(make_model, ids, packed, mode, at
             assert (together[row, place] - model(**arguments).logits[0]).abs().max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("mode", MODES)
+def test_flex_attention_keeps_documents_apart_alike(make_model, packed, mode):
+    model = make_model(media_attention=mode)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        expected = model(**packed).logits
+        model.model.text_model.set_attn_implementation("flex_attention")
+        found = model(**packed).logits
+    real = packed["document_index"] > 0
+    assert model.config.text_config._attn_implementation == "flex_attention"
+    assert (found - expected)[real].abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_families_that_cannot_pack_say_so_and_the_others_do(make_model, ids, packed, family):
     model = make_model(family)
