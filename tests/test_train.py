@@ -370,12 +370,14 @@ def test_every_config_is_one_that_accelerate_reads():
         "one_gpu.yaml": "NO",
         "ddp.yaml": "MULTI_GPU",
         "fsdp2.yaml": "FSDP",
+        "fsdp2_gathered.yaml": "FSDP",
         "several_hosts.yaml": "FSDP",
         "zero2.yaml": "DEEPSPEED",
         "zero3.yaml": "DEEPSPEED",
     }
-    for name in ("fsdp2.yaml", "several_hosts.yaml"):
+    for name in ("fsdp2.yaml", "fsdp2_gathered.yaml", "several_hosts.yaml"):
         environment = launched(name, 16)
+        assert environment["FSDP_RESHARD_AFTER_FORWARD"] == str("gathered" not in name).lower()
         assert environment["FSDP_VERSION"] == "2" and environment["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
 
 
