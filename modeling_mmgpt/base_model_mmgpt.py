@@ -97,19 +97,6 @@ class MMGPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MMGPTVisionTower):
             module.initialize()
 
-    def post_init(self) -> None:
-        """Finish building, and say what stays whole on a device: blocks, layers of the LM, and the tower.
-
-        FSDP gathers each of them as one, and fails at a name that it does not find. The layers of a tower are small,
-        and gathering one takes the host time: so the tower is gathered whole.
-        """
-        super().post_init()
-        tower = self.get_submodule("vision_tower" if isinstance(self, MMGPTModel) else "model.vision_tower")
-        named = set(getattr(self, "_no_split_modules", ()))
-        named = named.difference(type(module).__name__ for module in tower.modules())
-        named = named.intersection(type(module).__name__ for module in self.modules())
-        self._no_split_modules = named | {type(tower).__name__}
-
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Initialise the weights that no checkpoint holds.
@@ -148,6 +135,17 @@ class MMGPTModel(MMGPTPreTrainedModel):
             text_model = AutoModelForCausalLM.from_config(config.text_config)
         self.text_model = add_gated_blocks(text_model, config)
         self.post_init()
+
+    def post_init(self) -> None:
+        """Finish building, and say what stays whole on a device: gated blocks, layers of the LM, and the tower.
+
+        FSDP gathers each of them as one, and fails at a name that it does not find. The layers of a tower are small,
+        and gathering one takes the host time: so the tower is gathered whole.
+        """
+        super().post_init()
+        named = getattr(self, "_no_split_modules", ())  # those of both parts, whether they are there or not
+        there = {type(module).__name__ for module in self.text_model.modules()}
+        self._no_split_modules = there.intersection(named) | {type(self.vision_tower).__name__}
 
     def get_input_embeddings(self) -> nn.Module:
         """The LM's input embedding."""
