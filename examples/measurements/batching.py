@@ -2,7 +2,7 @@
 
     python examples/measurements/batching.py --shape 9b --output batching.json     # one GPU, in less than four minutes
     python examples/measurements/batching.py --shape tiny --chats 1 8 32           # a CPU
-    python examples/measurements/batching.py --shape 9b --settings --chats --questions 192   # one GPU, in two minutes
+    python examples/measurements/batching.py --shape 9b --chats --questions 192   # one GPU, in two minutes
     python examples/measurements/batching.py --draw batching.json --output batching.png
 
 Weights are random. A chat is 128 tokens with a picture of its own and a reply of 64; N of them come at the same time.
@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from benchmark_models import DEVICE, DTYPE, OPEN_FLAMINGO_9B, TINY_BASE, Shape, 
 from torch import nn
 from transformers import ContinuousBatchingConfig
 
-from modeling_mmgpt.speed.batching import BatchingEngine, default_config
+from modeling_mmgpt.speed.batching import BatchingEngine
 from processing_mmgpt.processing_mmgpt import pad_rows
 
 
@@ -199,7 +200,7 @@ def measure_questions(model: nn.Module, shape: Shape, number: int) -> list[dict]
         rows.append(row | {"tokens": tokens, "tokens_s": round(tokens / seconds, 1)})
         print(json.dumps(rows[-1]), flush=True)
 
-    with BatchingEngine(model, config=default_config(torch.device(DEVICE)), do_sample=False) as engine:
+    with BatchingEngine(model, do_sample=False) as engine:
         for seed, how in enumerate(("the engine, its first questions", "the engine, other questions")):
             requests = questions(shape, number, seed)
             start = time.perf_counter()
@@ -247,9 +248,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument(
-        "--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS) if DEVICE == "cuda" else ["plain"]
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS) if DEVICE == "cuda" else ["plain"]
     )
-    parser.add_argument("--chats", type=int, nargs="*", default=[1, 8, 32, 128])
+    parser.add_argument("--chats", type=int, nargs="*", default=[1, 8, 32, 128], help="at once; with no number, none")
     parser.add_argument("--tokens", type=int, default=128, help="of a prompt")
     parser.add_argument("--new_tokens", type=int, default=64, help="of a reply")
     parser.add_argument("--questions", type=int, default=0, help="also time so many questions of other lengths")
@@ -270,15 +271,15 @@ def main() -> None:
     print(json.dumps(result), flush=True)
     model = build("mmgpt", SHAPES[args.shape])
     print(f"built after {time.perf_counter() - began:.1f} s", flush=True)
-    alone, mixed = ["one after the other"] * bool(args.chats), ["questions"] * bool(args.questions)
-    for setting in (*args.settings, *alone, *mixed):
+    shape, jobs = SHAPES[args.shape], {}
+    if args.chats:
+        jobs = {setting: partial(measure_engine, model, shape, setting, args) for setting in args.settings}
+        jobs["one after the other"] = partial(measure_sequential, model, shape, args)
+    if args.questions:
+        jobs["questions"] = partial(measure_questions, model, shape, args.questions)
+    for setting, measure in jobs.items():
         try:
-            if setting == "questions":
-                result["rows"] += measure_questions(model, SHAPES[args.shape], args.questions)
-            elif setting == "one after the other":
-                result["rows"] += measure_sequential(model, SHAPES[args.shape], args)
-            else:
-                result["rows"] += measure_engine(model, SHAPES[args.shape], setting, args)
+            result["rows"] += measure()
         except Exception:
             print(f"{setting} failed:", traceback.format_exc(), flush=True)
         free()

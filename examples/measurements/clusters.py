@@ -78,14 +78,9 @@ class Case:
 def speed_cases(work: Path, rows: int, tiny: bool) -> list[Case]:
     """Each config on each number of GPUs, in each setting."""
     options = {"model_name_or_path": work / "base", "data": work / "large" / "records.jsonl", "max_length": 2048}
-    options |= {
-        "per_device_train_batch_size": 4 * rows,
-        "gradient_accumulation_steps": 4,
-        "max_steps": 9,
-        "packing": True,
-    }
+    options |= {"per_device_train_batch_size": 4 * rows, "gradient_accumulation_steps": 4, "max_steps": 9}
     options |= {"learning_rate": 1e-4, "activation_checkpointing": False, "save_strategy": "no"}
-    options |= {"dataloader_num_workers": 4}
+    options |= {"packing": True, "dataloader_num_workers": 4}
     if tiny:
         options |= {**tiny_options(work), "max_length": 256, "per_device_train_batch_size": 4, "max_steps": 6}
     return [
@@ -321,8 +316,8 @@ def main() -> None:
         "speed": speed_cases(work, args.rows, args.tiny),
         "losses": losses_cases(work),
         "resume": resume_cases(work),
+        "options": options_cases(work),
     }
-    cases["options"] = options_cases(work)
     for part in args.parts:
         asked = {case.name: case for case in cases[part] if case.processes <= cards or not ON_GPUS}
         asked = [asked[name] for name in args.only or asked if name in asked]

@@ -126,6 +126,7 @@ def write_records(kind: str, adapter: Path, count: int, folder: Path) -> Path:
     low, high = DOUBTFUL
     captions = [e for e, p in zip(captions, certainty(captions), strict=True) if low < p < high]
     others = [e for index in range(count) if (e := mixture(SCENES, index)).skill != "caption"]
+    # Of those that another one answers otherwise, for a wrong reply to stand beside them.
     others = [e for e in others if any(o.skill == e.skill and o.answer != e.answer for o in others)]
     sure = certainty(others)
     least = sorted(range(len(others)), key=sure.__getitem__)[: round(len(captions) * (1 - CAPTIONS) / CAPTIONS)]

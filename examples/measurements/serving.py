@@ -19,6 +19,7 @@ import statistics
 import time
 from itertools import chain, count, islice
 
+import numpy as np
 from openai import AsyncOpenAI
 from PIL import Image
 
@@ -59,21 +60,26 @@ def ask_all(url: str, numbers: list[int], tokens: int, start: float) -> list[dic
 
 def percentiles(seconds: list[float]) -> list[float]:
     """The 50th and the 95th percentile, in ms."""
-    cuts = statistics.quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else seconds * 19
-    return [round(1e3 * cuts[place], 1) for place in (9, 18)]
+    return [round(1e3 * value, 1) for value in np.percentile(seconds, (50, 95)).tolist()]
 
 
 def time_chats(pool: multiprocessing.Pool, url: str, numbers: list[int], tokens: int, processes: int) -> dict:
-    """Ask all at once, and time them."""
+    """Ask all at once, and time them.
+
+    Raises:
+        RuntimeError: If no reply has two pieces of text, between which there is a time.
+    """
     start = time.monotonic() + 0.5 + 0.01 * len(numbers)  # by then the pictures are made
     shares = [share for first in range(processes) if (share := numbers[first::processes])]
     told = list(chain(*pool.starmap(ask_all, [(url, share, tokens, start) for share in shares])))
     seconds = max(one["ended"] for one in told) - min(one["began"] for one in told)
     between = [b - a for one in told for a, b in zip(one["spoke"], one["spoke"][1:], strict=False)]
+    if not between:
+        raise RuntimeError("No reply has two pieces of text: give more --tokens, or ask a model that writes some.")
     return {
         "tokens_s": sum(one["tokens"] for one in told) / seconds,
-        "first_ms": percentiles([one["spoke"][0] - one["began"] for one in told if one["spoke"]] or [0.0]),
-        "between_ms": percentiles(between or [0.0]),
+        "first_ms": percentiles([one["spoke"][0] - one["began"] for one in told if one["spoke"]]),
+        "between_ms": percentiles(between),
     }
 
 
